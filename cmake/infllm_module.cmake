@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# infllm_module(NAME DEPS a b ... LINK x y ... EXCLUDE f.cc ...)
+#
+# One folder, one static library: every .cc below infllm/NAME becomes the target infllm_NAME (a
+# slash in NAME becomes an underscore). DEPS are other modules, LINK are outside libraries that only
+# this module's sources see.
+function(infllm_module name)
+  cmake_parse_arguments(arg "" "" "DEPS;LINK;EXCLUDE" ${ARGN})
+  string(REPLACE "/" "_" target "infllm_${name}")
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/infllm/${name}/*.cc")
+  foreach(file IN LISTS arg_EXCLUDE)
+    list(REMOVE_ITEM sources "${PROJECT_SOURCE_DIR}/infllm/${name}/${file}")
+  endforeach()
+  add_library(${target} STATIC ${sources})
+  target_include_directories(${target} PUBLIC "${PROJECT_SOURCE_DIR}")
+  target_link_libraries(${target} PRIVATE infllm_flags ${arg_LINK})
+  foreach(dep IN LISTS arg_DEPS)
+    string(REPLACE "/" "_" dep_target "infllm_${dep}")
+    target_link_libraries(${target} PUBLIC ${dep_target})
+  endforeach()
+endfunction()
