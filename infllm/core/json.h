@@ -17,10 +17,10 @@
 namespace infllm {
 
 struct JsonLimits {
-  std::string what = "JSON";                 // names the document in messages
+  std::string what = "JSON";                     // names the document in messages
   std::size_t max_bytes = std::size_t{8} << 20;  // of text
-  int max_depth = 64;                        // of nested arrays and objects
-  std::int64_t max_values = 4'000'000;       // of scalars, arrays and objects together
+  int max_depth = 64;                            // of nested arrays and objects
+  std::int64_t max_values = 4'000'000;           // of scalars, arrays and objects together
 };
 
 // The document, or kDataError that names the byte, the limit or the duplicated key.

@@ -68,11 +68,12 @@ namespace internal {
                                const std::string& message);
 }  // namespace internal
 
-// A value or the reason why there is none. value() on a failed Result is our own mistake: it aborts.
+// A value or the reason why there is none. value() on a failed Result is our own mistake: it
+// aborts.
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}  // NOLINT(google-explicit-constructor)
+  Result(T value) : value_(std::move(value)) {}         // NOLINT(google-explicit-constructor)
   Result(Status status) : status_(std::move(status)) {  // NOLINT(google-explicit-constructor)
     if (status_.ok()) internal::check_failed(__FILE__, __LINE__, "!status.ok()", "empty Result");
   }
@@ -113,18 +114,17 @@ T take(Result<T>&& result) {
 
 // Evaluates a Status or Result<T>; returns its Status from the enclosing function when it failed,
 // otherwise yields the value (nothing for a Status).
-#define INFLLM_TRY(...)                                                                  \
-  __extension__({                                                                        \
-    auto infllm_try_result = (__VA_ARGS__);                                              \
+#define INFLLM_TRY(...)                                                                   \
+  __extension__({                                                                         \
+    auto infllm_try_result = (__VA_ARGS__);                                               \
     if (!infllm_try_result.ok()) return ::infllm::internal::status_of(infllm_try_result); \
-    ::infllm::internal::take(std::move(infllm_try_result));                              \
+    ::infllm::internal::take(std::move(infllm_try_result));                               \
   })
 
 // Our own invariants, in debug and release.
-#define INFLLM_CHECK(condition, message)                                                \
-  do {                                                                                  \
-    if (!(condition))                                                                   \
-      ::infllm::internal::check_failed(__FILE__, __LINE__, #condition, message);        \
+#define INFLLM_CHECK(condition, message)                                                         \
+  do {                                                                                           \
+    if (!(condition)) ::infllm::internal::check_failed(__FILE__, __LINE__, #condition, message); \
   } while (false)
 
 // The same in debug builds only, for hot loops.

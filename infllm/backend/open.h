@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The only place that knows every column.
+//
+//   "reference"                     float64, plain loops
+//   "cpu"                           the best of the next line that this machine has
+//   "cpu:portable" "cpu:avx2" "cpu:avx512" "cpu:avx512_bf16" "cpu:neon"
+//   "auto"                          the fastest device there is
+//
+// A name that is unknown, not compiled in or not supported by this machine is refused with the list
+// of those that are.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "infllm/ops/backend.h"
+
+namespace infllm {
+
+struct OpenOptions {
+  int threads = 0;  // of host backends; 0: one per hardware thread
+};
+
+Result<Backend> open_backend(std::string_view name, const OpenOptions& options = {});
+
+// Every full name that open_backend accepts on this machine, slowest first ("reference" first).
+std::vector<std::string> available_backends();
+
+}  // namespace infllm
