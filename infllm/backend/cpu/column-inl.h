@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The cpu column of the grid for one instruction set: all rows, and their table.
+#pragma once
+
+#include "infllm/backend/cpu/dot-inl.h"
+#include "infllm/backend/cpu/host.h"
+#include "infllm/ops/kernels.h"
+
+INFLLM_CPU_BEGIN
+
+const Kernels& kernels() {
+  static const Kernels table = {
+      .activation = DType::kF32,
+      .accumulate = DType::kF32,
+      .allocate = &host_allocate,
+      .copy_in = &host_copy,
+      .copy_out = &host_copy,
+  };
+  return table;
+}
+
+INFLLM_CPU_END

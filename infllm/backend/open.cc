@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "infllm/backend/open.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "infllm/backend/cpu/host.h"
+#include "infllm/backend/reference/table.h"
+#include "infllm/ops/kernels.h"
+
+namespace infllm {
+namespace {
+
+Backend host_backend(std::string name, const Kernels& kernels, const OpenOptions& options) {
+  return {.name = std::move(name),
+          .kernels = &kernels,
+          .pool = std::make_shared<ThreadPool>(options.threads)};
+}
+
+}  // namespace
+
+std::vector<std::string> available_backends() {
+  std::vector<std::string> names = {"reference"};
+  for (const cpu::Column& column : cpu::columns()) {
+    if (column.supported()) names.push_back(fmt::format("cpu:{}", column.name));
+  }
+  return names;
+}
+
+Result<Backend> open_backend(std::string_view name, const OpenOptions& options) {
+  const std::vector<std::string> names = available_backends();
+  const std::string wanted = name == "auto" || name == "cpu" ? names.back() : std::string(name);
+  if (wanted == "reference") return host_backend(wanted, reference::kernels(), options);
+  for (const cpu::Column& column : cpu::columns()) {
+    if (wanted == fmt::format("cpu:{}", column.name) && column.supported()) {
+      return host_backend(wanted, column.kernels(), options);
+    }
+  }
+  return unsupported(fmt::format("no device \"{}\" here; choose one of: auto, cpu, {}", name,
+                                 fmt::join(names, ", ")));
+}
+
+}  // namespace infllm
