@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# The commands of the project; `make help` lists them. Each installs the packages it needs from
+# docs/dependencies.md and configures by itself. The work is CMake's: see CMakePresets.json.
+SHELL := /bin/bash -o pipefail
+JOBS ?= $(shell nproc)
+FUZZ_SECONDS ?= 60
+RELEASE := build/release
+# What ninja prints in front of each line: done/all, percent, seconds.
+export NINJA_STATUS = [%f/%t %p %es] 
+SOURCES = $(shell git ls-files '*.h' '*.cc' '*.cu' '*.cuh' 2>/dev/null)
+
+.PHONY: help build demo test bench fuzz asan tsan lint format-check format tidy render check-render \
+  clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+build:  ## the program, optimised: build/release/infllm
+	tools/install_deps.sh build
+	test -f $(RELEASE)/CMakeCache.txt || cmake --preset release -DINFLLM_DEVELOPER=OFF
+	cmake --build $(RELEASE) --parallel $(JOBS) --target infllm
+
+demo: build  ## ask for a fact in a 32K document, dense and sparse
+	tools/install_deps.sh demo
+	python3 tools/demo.py --binary $(RELEASE)/infllm
+
+test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, include arrows
+	tools/install_deps.sh build test
+	cmake --preset release -DINFLLM_DEVELOPER=ON
+	cmake --build $(RELEASE) --parallel $(JOBS)
+	ctest --test-dir $(RELEASE) --parallel $(JOBS) --output-on-failure
+
+bench:  ## run the benchmarks, add their lines to bench/results, render the tables
+	tools/install_deps.sh build test
+	cmake --preset release -DINFLLM_DEVELOPER=ON
+	cmake --build $(RELEASE) --parallel $(JOBS) --target benches infllm
+	for bench in $(RELEASE)/bench/*_bench; do "$$bench" --output bench/results/cpu.jsonl || exit; done
+	$(MAKE) render
+
+fuzz:  ## every fuzz target for FUZZ_SECONDS (60), from the seeds in fuzz/corpus
+	tools/install_deps.sh build fuzz
+	cmake --preset fuzz
+	cmake --build build/fuzz --parallel $(JOBS)
+	tools/fuzz.sh build/fuzz/fuzz $(FUZZ_SECONDS)
+
+asan:  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	tools/install_deps.sh build test
+	cmake --preset debug
+	cmake --build --preset debug --parallel $(JOBS)
+	ctest --preset debug --parallel $(JOBS)
+
+tsan:  ## the tests with threads under ThreadSanitizer
+	tools/install_deps.sh build test
+	cmake --preset tsan
+	cmake --build --preset tsan --parallel $(JOBS)
+	ctest --preset tsan --parallel $(JOBS)
+
+lint: format-check tidy  ## layout, clang-tidy, include arrows
+	tools/check_includes.py
+
+format-check:
+	tools/install_deps.sh lint
+	clang-format-14 --dry-run --Werror $(SOURCES)
+
+tidy:
+	tools/install_deps.sh build test lint
+	cmake --preset release -DINFLLM_DEVELOPER=ON
+	run-clang-tidy-14 -quiet -p $(RELEASE) -j $(JOBS) '/infllm/(core|ops|model|engine|app)/' \
+	  2>/dev/null
+
+format:  ## lay out every source with clang-format 14
+	tools/install_deps.sh lint
+	clang-format-14 -i $(SOURCES)
+
+render:  ## docs/performance.md and the README's numbers from bench/results
+	tools/render_results.py
+
+check-render:
+	tools/render_results.py --check
+
+clean:  ## remove build/
+	rm -rf build

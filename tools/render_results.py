@@ -1,0 +1,255 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Writes every number of the documentation from bench/results/*.jsonl.
+
+    tools/render_results.py [--root FOLDER]            write
+    tools/render_results.py [--root FOLDER] --check    fail when a file would change
+
+docs/performance.md holds all measurements, docs/*.svg the pictures, and the region between the
+numbers marks of README.md the few that matter most.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import chart
+import results
+
+BEGIN = "<!-- begin:numbers (tools/render_results.py writes what follows) -->"
+END = "<!-- end:numbers -->"
+HEADER = """# Performance
+
+Rendered from `bench/results/*.jsonl` by `tools/render_results.py`; `make bench` adds this machine's
+lines and renders again. Times are medians, with the quartiles behind them where they were kept. A
+peer ran beside the measured code in one process on the same inputs; a ratio above 1 means that the
+measured code is faster.
+"""
+# Fields of a shape in the order they are read aloud, and how.
+SHAPE = {"model": "{}", "batch": "batch {}", "heads_q": "{}", "heads_kv": "{}", "head_dim": "d {}"}
+
+
+def number(value):
+    """Three significant digits, thousands in full."""
+    if value is None:
+        return ""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    digits = f"{value:.3g}"
+    return digits if "e" not in digits else f"{value:.6f}"
+
+
+def percent(value):
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def tokens_label(tokens):
+    return chart.tokens_label(tokens) if isinstance(tokens, int) else ""
+
+
+def table(head, rows):
+    """A Markdown table; columns that are empty in every row are left out."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = ["| " + " | ".join(head[i] for i in kept) + " |", "|" + "---|" * len(kept)]
+    lines += ["| " + " | ".join(row[i] for i in kept) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def shape_label(shape):
+    """'minicpm4-0.5b, 16/2 heads, d 64': the shape without its lengths."""
+    parts = []
+    for field in ["model", "batch"]:
+        if field in shape and shape[field] != 1:
+            parts.append(SHAPE[field].format(shape[field]))
+    if "heads_q" in shape and "heads_kv" in shape:
+        parts.append(f'{shape["heads_q"]}/{shape["heads_kv"]} heads')
+    if "head_dim" in shape:
+        parts.append(SHAPE["head_dim"].format(shape["head_dim"]))
+    named = {*SHAPE, "tokens", "blocks"}
+    parts += [f"{field} {shape[field]}" for field in sorted(shape) if field not in named]
+    return ", ".join(parts)
+
+
+def sort_key(record):
+    shape = record["shape"]
+    return (record["name"], shape_label(shape), record["backend"], shape.get("tokens", 0),
+            shape.get("blocks", 0), record.get("input", ""), record.get("peer", ""))
+
+
+def times(record):
+    if "ms_low" in record and "ms_high" in record:
+        return f'{number(record["ms"])} ({number(record["ms_low"])}-{number(record["ms_high"])})'
+    return number(record["ms"])
+
+
+def measurement_row(record):
+    shape = record["shape"]
+    return [f'`{record["name"]}`', record["backend"], shape_label(shape),
+            tokens_label(shape.get("tokens")), str(shape.get("blocks", "")),
+            record.get("input", ""), times(record), number(record.get("tflops")),
+            number(record.get("gbps")), percent(record.get("roofline")), record.get("peer", ""),
+            number(record.get("peer_ms")), number(record.get("ratio")),
+            f'`{record["commit"][:9]}`', record.get("note", "")]
+
+
+MEASUREMENT_HEAD = ["what", "backend", "shape", "tokens", "blocks", "input", "ms", "TFLOP/s",
+                    "GB/s", "of the limit", "peer", "peer ms", "ratio", "commit", "note"]
+
+
+def device_label(records):
+    drivers = sorted({r["driver"] for r in records if r.get("driver")})
+    dates = sorted({r["date"][:10] for r in records})
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f'{records[0]["device"]}' + "".join(f", {d}" for d in drivers) + f" ({days})"
+
+
+def by_device(measurements):
+    devices = {}
+    for record in sorted(measurements, key=sort_key):
+        devices.setdefault(record["device"], []).append(record)
+    return dict(sorted(devices.items()))
+
+
+def families(records):
+    """The records by the part of the name before the dot."""
+    groups = {}
+    for record in records:
+        groups.setdefault(record["name"].split(".")[0], []).append(record)
+    return groups
+
+
+def evaluation_rows(evaluations):
+    """One row for each model, task and length, all tasks together last; dense beside sparse."""
+    cells, order = {}, []
+    for r in sorted(evaluations, key=lambda r: (r.get("model", ""), r["task"], r["length"])):
+        for task in (r["task"], "all tasks"):
+            cell = cells.setdefault((r.get("model", ""), task, r["length"]), {})
+            old = cell.get(r["attention"], (0, 0, []))
+            shares = old[2] + ([r["visible_share"]] if "visible_share" in r else [])
+            cell[r["attention"]] = (old[0] + r["correct"], old[1] + r["total"], shares)
+    order = sorted(cells, key=lambda k: (k[0], k[1] == "all tasks", k[1], k[2]))
+    for model, task, length in order:
+        cell = cells[model, task, length]
+        dense, sparse = cell.get("dense"), cell.get("sparse")
+        shares = sparse[2] if sparse else []
+        kept = sparse[0] / sparse[1] * dense[1] / dense[0] if dense and sparse and dense[0] else None
+        yield [model, task, tokens_label(length), share(dense), share(sparse), percent(kept),
+               percent(sum(shares) / len(shares)) if shares else "",
+               str((dense or sparse)[1])]
+
+
+EVALUATION_HEAD = ["checkpoint", "task", "tokens", "dense", "sparse", "sparse of dense",
+                   "visible share", "samples"]
+
+
+def share(counts):
+    return percent(counts[0] / counts[1]) if counts else ""
+
+
+def dense_pairs(measurements):
+    """{(device, backend, shape without lengths, input): [record with a dense peer, ...]}"""
+    groups = {}
+    for r in sorted(measurements, key=sort_key):
+        if r["name"] == "attention.forward" and r.get("peer") == "dense" and "tokens" in r["shape"]:
+            group = (r["device"], r["backend"], shape_label(r["shape"]), r.get("input", ""))
+            groups.setdefault(group, []).append(r)
+    return {group: records for group, records in groups.items() if len(records) > 1}
+
+
+def charts(measurements):
+    """{file name: (title, SVG)}: time against length, dense and sparse."""
+    drawn = {}
+    for i, (group, records) in enumerate(dense_pairs(measurements).items()):
+        device, backend, shape, kind = group
+        title = f"One attention layer, {shape}, {backend} on {device}" + (f", {kind}" if kind else "")
+        lines = {"dense": [(r["shape"]["tokens"], r["peer_ms"]) for r in records],
+                 "sparse": [(r["shape"]["tokens"], r["ms"]) for r in records]}
+        drawn[f"attention-time-{i + 1}.svg"] = (title, chart.line_chart(title, lines))
+    return drawn
+
+
+def performance(measurements, evaluations):
+    out = [HEADER]
+    for name, (title, _) in charts(measurements).items():
+        out.append(f"![{title}]({name})\n")
+    for records in by_device(measurements).values():
+        out.append(f"## {device_label(records)}\n")
+        for family, members in families(records).items():
+            out += [f"### {family}\n", table(MEASUREMENT_HEAD, [measurement_row(r) for r in members])]
+    if evaluations:
+        out += ["## Answers\n", table(EVALUATION_HEAD, list(evaluation_rows(evaluations)))]
+    if not measurements and not evaluations:
+        out.append("No results yet.\n")
+    return "\n".join(out)
+
+
+def longest(measurements):
+    """Of each name, backend, shape and peer the record with most tokens, if it has a peer."""
+    best = {}
+    for r in sorted(measurements, key=sort_key):
+        if "peer" in r and r["name"].split(".")[0] in ("attention", "model"):
+            best[r["device"], r["name"], shape_label(r["shape"]), r["peer"]] = r
+    return best.values()
+
+
+def readme_numbers(measurements, evaluations):
+    rows = [[f'`{r["name"]}`', shape_label(r["shape"]), tokens_label(r["shape"].get("tokens")),
+             f'{number(r["ms"])} ms', f'{number(r["peer_ms"])} ms ({r["peer"]})',
+             f'{number(r["ratio"])}x'] for r in longest(measurements)]
+    out = [table(["what", "shape", "tokens", "sparse", "beside", "ratio"], rows)] if rows else []
+    totals = [row for row in evaluation_rows(evaluations) if row[1] == "all tasks"]
+    if totals:
+        out.append(table(EVALUATION_HEAD, totals))
+    if rows:
+        names = " and ".join(device_label(records) for records in by_device(measurements).values())
+        out.append(f"Measured on {names}. All numbers: [docs/performance.md](docs/performance.md).\n")
+    return "\n".join(out) or "No results yet.\n"
+
+
+def replace_region(text, region):
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise results.BadResult(f"README.md: expected one line {BEGIN} and one line {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{region}{END}{rest.split(END)[1]}"
+
+
+def rendered(root):
+    """{path: text} of every file that the results determine."""
+    measurements, evaluations = results.load(root / "bench/results")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    files = {root / "docs" / name: svg for name, (_, svg) in charts(measurements).items()}
+    files[root / "docs/performance.md"] = performance(measurements, evaluations)
+    files[root / "README.md"] = replace_region(readme, readme_numbers(measurements, evaluations))
+    return files
+
+
+def stale(files):
+    return [path for path, text in files.items()
+            if not path.is_file() or path.read_text(encoding="utf-8") != text]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path(__file__).parents[1])
+    parser.add_argument("--check", action="store_true", help="fail when a file would change")
+    options = parser.parse_args(arguments)
+    try:
+        files = rendered(options.root)
+    except results.BadResult as error:
+        print(f"render_results: {error}", file=sys.stderr)
+        return 1
+    changed = stale(files)
+    if options.check:
+        for path in changed:
+            print(f"render_results: {path.relative_to(options.root)} differs from bench/results; run `make render`",
+                  file=sys.stderr)
+        return 1 if changed else 0
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(options.root)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

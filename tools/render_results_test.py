@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results in, documents out: the schema, which line wins, the tables and the check mode."""
+
+import contextlib
+import io
+import json
+import pathlib
+import tempfile
+import unittest
+import xml.etree.ElementTree
+
+import chart
+import render_results
+import results
+
+
+def measurement(**changes):
+    record = {"name": "attention.forward", "backend": "cpu:avx2", "device": "Some CPU",
+              "commit": "0123456789abcdef", "date": "2026-01-02",
+              "shape": {"heads_q": 16, "heads_kv": 2, "head_dim": 64, "tokens": 32768},
+              "input": "random", "ms": 100.0, "ms_low": 99.0, "ms_high": 101.0, "peer": "dense",
+              "peer_ms": 700.0, "ratio": 7.0}
+    return {**record, **changes}
+
+
+def evaluation(**changes):
+    record = {"name": "eval.needle", "model": "needle-32k", "task": "single", "length": 32768,
+              "attention": "dense", "correct": 200, "total": 200}
+    return {**record, **changes}
+
+
+class SchemaTest(unittest.TestCase):
+    def refused(self, record, message):
+        with self.assertRaisesRegex(results.BadResult, message):
+            results.parse_line(json.dumps(record))
+
+    def test_good_lines_pass(self):
+        results.parse_line(json.dumps(measurement()))
+        results.parse_line(json.dumps(evaluation()))
+
+    def test_a_field_that_is_missing_unknown_or_of_another_type(self):
+        for field in results.MEASUREMENT_REQUIRED - {"name"}:
+            record = measurement()
+            del record[field]
+            self.refused(record, f'"{field}" is missing')
+        self.refused(measurement(milliseconds=1), 'found the field "milliseconds"')
+        self.refused(measurement(ms="1"), "expected a number")
+        self.refused(measurement(ms=True), "expected a number")
+        self.refused(measurement(shape={"tokens": [1]}), 'shape "tokens"')
+        self.refused([], "expected an object")
+
+    def test_numbers_that_cannot_be(self):
+        self.refused(measurement(ms=0), "expected a positive number")
+        self.refused(measurement(gbps=float("nan")), "expected a positive number")
+        self.refused(measurement(ms_low=100.5), "between ms_low and ms_high")
+        self.refused(measurement(ratio=8.0), "expected peer_ms / ms = 7")
+        self.refused(measurement(date="yesterday"), "YYYY-MM-DD")
+        self.refused(evaluation(correct=201), "no count")
+        self.refused(evaluation(total=0, correct=0), "no count")
+        self.refused(evaluation(attention="both"), "dense or sparse")
+        self.refused(evaluation(visible_share=6), "0 to 1")
+
+    def test_a_peer_comes_with_its_time(self):
+        record = measurement()
+        del record["peer_ms"]
+        self.refused(record, "come together")
+
+    def test_the_ratio_is_computed_when_it_is_not_given(self):
+        record = measurement()
+        del record["ratio"]
+        self.assertEqual(results.parse_line(json.dumps(record))["ratio"], 7.0)
+
+
+class RenderTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = pathlib.Path(folder.name)
+        (self.root / "bench/results").mkdir(parents=True)
+        (self.root / "docs").mkdir()
+        (self.root / "README.md").write_text(
+            f"# x\n{render_results.BEGIN}\nold\n{render_results.END}\nlast\n", encoding="utf-8")
+
+    def write(self, *records, name="a.jsonl"):
+        (self.root / "bench/results" / name).write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+    def render(self, *arguments):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = render_results.main(["--root", str(self.root), *arguments])
+        return code, output.getvalue()
+
+    def text(self, path):
+        return (self.root / path).read_text(encoding="utf-8")
+
+    def test_a_line_becomes_a_row(self):
+        self.write(measurement())
+        self.assertEqual(self.render()[0], 0)
+        self.assertIn("| `attention.forward` | cpu:avx2 | 16/2 heads, d 64 | 32K | random | "
+                      "100 (99-101) | dense | 700 | 7 | `012345678` |",
+                      self.text("docs/performance.md"))
+        self.assertIn("| 32K | 100 ms | 700 ms (dense) | 7x |", self.text("README.md"))
+        self.assertIn("last\n", self.text("README.md"))
+        self.assertNotIn("old", self.text("README.md"))
+
+    def test_the_later_date_wins_in_whichever_order(self):
+        new = measurement(ms=50.0, ms_low=49.0, ms_high=51.0, ratio=14.0, date="2026-01-03")
+        self.write(new, measurement())
+        self.render()
+        self.assertIn("14x", self.text("README.md"))
+        self.assertNotIn("7x", self.text("README.md"))
+
+    def test_what_differs_in_shape_device_or_peer_is_kept_apart(self):
+        self.write(measurement(), measurement(device="Other CPU"),
+                   measurement(peer="llama.cpp"),
+                   measurement(shape={**measurement()["shape"], "threads": 2}))
+        self.assertEqual(len(results.load(self.root / "bench/results")[0]), 4)
+
+    def test_answers_stand_beside_each_other(self):
+        self.write(evaluation(), evaluation(attention="sparse", correct=198, visible_share=0.05),
+                   evaluation(task="several", correct=100),
+                   evaluation(task="several", attention="sparse", correct=99, visible_share=0.07))
+        self.render()
+        self.assertIn("| needle-32k | single | 32K | 100.0 % | 99.0 % | 99.0 % | 5.0 % | 200 |",
+                      self.text("docs/performance.md"))
+        self.assertIn("| needle-32k | all tasks | 32K | 75.0 % | 74.2 % | 99.0 % | 6.0 % | 400 |",
+                      self.text("README.md"))
+
+    def test_check_fails_until_rendered(self):
+        self.write(measurement())
+        code, output = self.render("--check")
+        self.assertEqual(code, 1)
+        self.assertIn("run `make render`", output)
+        self.render()
+        self.assertEqual(self.render("--check"), (0, ""))
+        self.write(measurement(), measurement(device="Other CPU"))
+        self.assertEqual(self.render("--check")[0], 1)
+
+    def test_a_bad_line_is_named(self):
+        self.write(measurement(), {"name": "attention.forward"}, name="b.jsonl")
+        code, output = self.render()
+        self.assertEqual(code, 1)
+        self.assertIn("b.jsonl:2:", output)
+
+    def test_the_picture_is_drawn_from_two_lengths_on(self):
+        self.write(measurement())
+        self.render()
+        self.assertFalse((self.root / "docs/attention-time-1.svg").exists())
+        self.write(measurement(), measurement(shape={**measurement()["shape"], "tokens": 8192},
+                                              ms=20.0, ms_low=20.0, ms_high=20.0, peer_ms=40.0,
+                                              ratio=2.0))
+        self.render()
+        picture = xml.etree.ElementTree.fromstring(self.text("docs/attention-time-1.svg"))
+        self.assertEqual(len(picture.findall("{*}polyline")), 2)
+        self.assertIn("attention-time-1.svg", self.text("docs/performance.md"))
+
+    def test_without_marks_the_readme_is_left_alone(self):
+        (self.root / "README.md").write_text("no marks\n", encoding="utf-8")
+        self.assertEqual(self.render()[0], 1)
+        self.assertEqual(self.text("README.md"), "no marks\n")
+
+
+class ChartTest(unittest.TestCase):
+    def test_longer_is_further_right_and_slower_is_higher(self):
+        picture = xml.etree.ElementTree.fromstring(
+            chart.line_chart("a < b & c", {"dense": [(1024, 1.0), (4096, 40.0)]}))
+        (line,) = picture.findall("{*}polyline")
+        (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in line.get("points").split())
+        self.assertLess(x0, x1)
+        self.assertGreater(y0, y1)
+        self.assertEqual(picture.find("{*}text").text, "a < b & c")
+
+
+if __name__ == "__main__":
+    unittest.main()

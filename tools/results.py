@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads and checks bench/results/*.jsonl; bench/results/README.md describes the lines."""
+
+import json
+import re
+
+NUMBER = (int, float)
+MEASUREMENT = {
+    "name": str, "backend": str, "device": str, "driver": str, "commit": str, "date": str,
+    "shape": dict, "input": str, "ms": NUMBER, "ms_low": NUMBER, "ms_high": NUMBER,
+    "tflops": NUMBER, "gbps": NUMBER, "roofline": NUMBER, "peer": str, "peer_ms": NUMBER,
+    "ratio": NUMBER, "note": str,
+}
+MEASUREMENT_REQUIRED = {"name", "backend", "device", "commit", "date", "shape", "ms"}
+EVALUATION = {
+    "name": str, "model": str, "task": str, "length": int, "attention": str, "correct": int,
+    "total": int, "visible_share": NUMBER, "backend": str, "device": str, "driver": str,
+    "commit": str, "date": str, "note": str,
+}
+EVALUATION_REQUIRED = {"name", "task", "length", "attention", "correct", "total"}
+
+
+class BadResult(Exception):
+    """A line that does not fit; the message names it."""
+
+
+def is_evaluation(record):
+    return record["name"].startswith("eval.")
+
+
+def check_fields(record, fields, required):
+    for name in sorted(required - record.keys()):
+        raise BadResult(f'"{name}" is missing')
+    for name, value in record.items():
+        if name not in fields:
+            raise BadResult(f'found the field "{name}", expected one of {", ".join(fields)}')
+        if not isinstance(value, fields[name]) or isinstance(value, bool):
+            raise BadResult(f'"{name}" is {json.dumps(value)}, expected '
+                            f'{"a number" if fields[name] is NUMBER else fields[name].__name__}')
+
+
+def check_positive(record, names):
+    for name in names:
+        # Not "<= 0": that would let a NaN pass.
+        if name in record and not 0 < record[name] < float("inf"):
+            raise BadResult(f'"{name}" is {record[name]}, expected a positive number')
+
+
+def check_measurement(record):
+    check_fields(record, MEASUREMENT, MEASUREMENT_REQUIRED)
+    check_positive(record, ["ms", "ms_low", "ms_high", "peer_ms", "ratio", "tflops", "gbps",
+                            "roofline"])
+    for name, value in record["shape"].items():
+        if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+            raise BadResult(f'shape "{name}" is {json.dumps(value)}, expected a number or a name')
+    if not record.get("ms_low", 0) <= record["ms"] <= record.get("ms_high", float("inf")):
+        raise BadResult(f'"ms" is {record["ms"]}, expected it between ms_low and ms_high')
+    if ("peer" in record) != ("peer_ms" in record):
+        raise BadResult('"peer" and "peer_ms" come together')
+    if "peer" in record:
+        true_ratio = record["peer_ms"] / record["ms"]
+        # Three rounded digits in each of the three numbers.
+        if abs(record.setdefault("ratio", true_ratio) / true_ratio - 1) > 0.02:
+            raise BadResult(f'"ratio" is {record["ratio"]}, expected peer_ms / ms = '
+                            f'{true_ratio:.4g}')
+
+
+def check_evaluation(record):
+    check_fields(record, EVALUATION, EVALUATION_REQUIRED)
+    if record["attention"] not in ("dense", "sparse"):
+        raise BadResult(f'"attention" is "{record["attention"]}", expected dense or sparse')
+    if not 0 <= record["correct"] <= record["total"] or record["total"] == 0:
+        raise BadResult(f'{record["correct"]} of {record["total"]} correct is no count')
+    if not 0 < record.get("visible_share", 1) <= 1:
+        raise BadResult(f'"visible_share" is {record["visible_share"]}, expected 0 to 1')
+
+
+def parse_line(line):
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadResult(f"no JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        raise BadResult('expected an object with a "name"')
+    (check_evaluation if is_evaluation(record) else check_measurement)(record)
+    if "date" in record and not re.match(r"\d{4}-\d{2}-\d{2}", record["date"]):
+        raise BadResult(f'"date" is "{record["date"]}", expected YYYY-MM-DD')
+    return record
+
+
+def key(record):
+    """What a record measures; a later record with the same key replaces it."""
+    if is_evaluation(record):
+        return tuple(record.get(name, "") for name in
+                     ("name", "model", "task", "length", "attention"))
+    return (record["name"], record["device"], record["backend"],
+            json.dumps(record["shape"], sort_keys=True), record.get("input", ""),
+            record.get("peer", ""))
+
+
+def load(folder):
+    """(measurements, evaluations) of the folder's files, the latest of each key."""
+    latest = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                record = parse_line(line)
+            except BadResult as error:
+                raise BadResult(f"{path.name}:{number}: {error}") from error
+            old = latest.get(key(record))
+            if old is None or record.get("date", "") >= old.get("date", ""):
+                latest[key(record)] = record
+    records = list(latest.values())
+    return ([r for r in records if not is_evaluation(r)], [r for r in records if is_evaluation(r)])
