@@ -34,6 +34,11 @@ struct TensorView {
   }
 };
 
+// Elements first .. first + count - 1 of a floating-point tensor (f64, f32, bf16 or f16),
+// converted.
+void read_elements(const TensorView& tensor, std::int64_t first, std::int64_t count, float* out);
+void read_elements(const TensorView& tensor, std::int64_t first, std::int64_t count, double* out);
+
 // "[2, 128]", for messages.
 std::string shape_string(const TensorView& tensor);
 

@@ -5,10 +5,10 @@
 // for its dot product instruction), so pages are written with kv_append and compress, and read
 // whole with kv_read.
 //
-//   KvLayout layout{.dtype = DType::kBF16, .kv_heads = 2, .head_dim = 128, .config =
-//   sparse_config}; std::int64_t bytes = kv_page_bytes(backend, layout); KvPages
-//   pages{buffer.data(), layout, bytes, num_pages}; kv_append(backend, {.pages = pages, .batch =
-//   batch, .k = k, .v = v});
+//   KvLayout layout{.dtype = DType::kBF16, .kv_heads = 2, .head_dim = 128, .config = config};
+//   INFLLM_TRY(check(backend, layout));
+//   KvPages pages{buffer.data(), layout, kv_page_bytes(backend, layout), num_pages};
+//   INFLLM_TRY(kv_append(backend, {.pages = pages, .batch = batch, .k = k, .v = v}));
 //
 // Pooled keys (spec: KC1, KC2) are kept in the page of their window's FIRST token, block_size /
 // kernel_stride fine and block_size / (4 kernel_stride) coarse rows per page. They are pure
@@ -43,6 +43,11 @@ struct KvPages {
   std::int32_t num_pages = 0;
 };
 
+// What any column needs of a layout, and what this backend's column can hold.
+Status check(const KvLayout& layout);
+Status check(const Backend& backend, const KvLayout& layout);
+
+// Of a layout that passes check().
 std::int64_t kv_page_bytes(const Backend& backend, const KvLayout& layout);
 
 // Writes the step's keys and values at their positions.

@@ -7,7 +7,7 @@
 //   P_h[j] = exp(scale q_h . KC1[j, g] - M) / Z              j visible to p, else 0
 //   S[j] = sum over the group's heads of P_h[j]
 //   R[b] = max of S[j] over the windows j that overlap block b (first_window_of, clipped to those
-//          that exist); -inf where none exists
+//          visible to p); -inf where there is none
 //
 // With LseSource::kFine the normaliser M, Z comes from KC1 instead of KC2. Under
 // ScoreRounding::kBF16 the result is rounded to bf16 (rounding is monotone, so rounding before or
