@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 
 #include "infllm/backend/cpu/host.h"
+#include "infllm/backend/reference/rounding.h"
 #include "infllm/backend/reference/table.h"
 #include "infllm/ops/kernels.h"
 
@@ -31,6 +32,14 @@ Result<Backend> open_backend(std::string_view name, const OpenOptions& options) 
   const std::vector<std::string> names = available_backends();
   const std::string wanted = name == "auto" || name == "cpu" ? names.back() : std::string(name);
   if (wanted == "reference") return host_backend(wanted, reference::kernels(), options);
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    if (wanted == fmt::format("reference:{}", name_of(dtype))) {
+      Backend backend = host_backend(wanted, reference::kernels(), options);
+      backend.state = std::make_shared<reference::Rounding>(
+          reference::Rounding{.operand = dtype, .output = dtype});
+      return backend;
+    }
+  }
   for (const cpu::Column& column : cpu::columns()) {
     if (wanted == fmt::format("cpu:{}", column.name) && column.supported()) {
       return host_backend(wanted, column.kernels(), options);

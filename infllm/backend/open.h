@@ -3,6 +3,9 @@
 // The only place that knows every column.
 //
 //   "reference"                     float64, plain loops
+//   "reference:f32" "reference:f16" "reference:bf16"
+//                                   the same, rounded where an honest kernel of that type rounds:
+//                                   the yardstick for other columns' errors, not listed as a device
 //   "cpu"                           the best of the next line that this machine has
 //   "cpu:portable" "cpu:avx2" "cpu:avx512" "cpu:avx512_bf16" "cpu:neon"
 //   "auto"                          the fastest device there is

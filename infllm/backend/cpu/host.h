@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory of the host backends, and the list of cpu columns.
+// The list of cpu columns.
 #pragma once
 
 #include <cstddef>
 #include <span>
 #include <string_view>
 
+#include "infllm/backend/host_memory.h"
 #include "infllm/ops/kernels.h"
 
 namespace infllm::cpu {
-
-Result<Buffer> host_allocate(const Backend& backend, std::size_t bytes);
-Status host_copy(const Backend& backend, void* to, const void* from, std::size_t bytes);
 
 // One instruction set that this binary was built with.
 struct Column {

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "infllm/backend/reference/math.h"
+#include "infllm/backend/reference/rows.h"
+#include "infllm/backend/reference/visible.h"
+#include "infllm/core/arena.h"
+
+namespace infllm::reference {
+namespace {
+
+template <typename T>
+T* at(const void* base, std::int64_t index) {
+  return static_cast<T*>(const_cast<void*>(base)) + index;
+}
+
+// Gradients of the tokens of one sequence and of its keys and values, for one KV head.
+class Backward {
+ public:
+  Backward(const Backend& backend, const AttendBackwardParams& p)
+      : p_(p),
+        f_(p.forward),
+        pages_(f_.pages, f_.batch),
+        rounding_(rounding_of(backend)),
+        groups_(f_.pages.layout.kv_heads),
+        heads_(f_.heads_q / groups_),
+        dim_(f_.pages.layout.head_dim) {}
+
+  void run(std::int32_t sequence, std::int64_t first_key, std::int32_t group,
+           std::int32_t* positions) const {
+    const std::int64_t length = f_.batch.kv_length[sequence];
+    const auto key_row = [&](std::int64_t t) { return ((first_key + t) * groups_ + group) * dim_; };
+    for (std::int64_t t = 0; t < length; ++t) {
+      std::fill_n(at<double>(p_.grad_k, key_row(t)), dim_, 0.0);
+      std::fill_n(at<double>(p_.grad_v, key_row(t)), dim_, 0.0);
+    }
+    for (std::int64_t token = f_.batch.query_start[sequence];
+         token < f_.batch.query_start[sequence + 1]; ++token) {
+      const Place place = place_of(f_.batch, token);
+      const std::int64_t count = visible_positions(f_, place, token, group, positions);
+      for (std::int32_t h = group * heads_; h < (group + 1) * heads_; ++h) {
+        const std::int64_t row = (token * f_.heads_q + h) * dim_;
+        const double* q = at<const double>(f_.q, row);
+        const double* o = at<const double>(f_.o, row);
+        const double* grad_o = at<const double>(p_.grad_o, row);
+        double* grad_q = at<double>(p_.grad_q, row);
+        const std::int64_t stat = std::int64_t{h} * f_.batch.num_tokens + token;
+        const double lse = *at<const double>(f_.lse, stat);
+        const double grad_lse = p_.grad_lse ? *at<const double>(p_.grad_lse, stat) : 0;
+        double delta = 0;  // sum dO O
+        for (std::int64_t d = 0; d < dim_; ++d) delta += grad_o[d] * o[d];
+        std::fill_n(grad_q, dim_, 0.0);
+        for (std::int64_t i = 0; i < count; ++i) {
+          const std::int64_t t = positions[i];
+          const double* key = pages_.key(sequence, group, t);
+          const double* value = pages_.value(sequence, group, t);
+          const double x = f_.scale * dot<double>(q, key, dim_, rounding_.operand);
+          const double weight = std::exp(x - lse);
+          const double grad_weight = dot<double>(grad_o, value, dim_, rounding_.operand);
+          const double grad_x = weight * (grad_weight - delta + grad_lse);
+          add(grad_q, f_.scale * operand(grad_x), key);
+          add(at<double>(p_.grad_k, key_row(t)), f_.scale * operand(grad_x), q);
+          add(at<double>(p_.grad_v, key_row(t)), operand(weight), grad_o);
+        }
+        round(grad_q);
+      }
+    }
+    for (std::int64_t t = 0; t < length; ++t) {
+      round(at<double>(p_.grad_k, key_row(t)));
+      round(at<double>(p_.grad_v, key_row(t)));
+    }
+  }
+
+ private:
+  double operand(double value) const { return round_to(rounding_.operand, value); }
+  void add(double* sum, double factor, const double* row) const {
+    for (std::int64_t d = 0; d < dim_; ++d) sum[d] += factor * operand(row[d]);
+  }
+  void round(double* row) const {
+    for (std::int64_t d = 0; d < dim_; ++d) row[d] = round_to(rounding_.output, row[d]);
+  }
+
+  const AttendBackwardParams& p_;
+  const AttendParams& f_;
+  Pages pages_;
+  Rounding rounding_;
+  std::int32_t groups_, heads_;
+  std::int64_t dim_;
+};
+
+}  // namespace
+
+// One task owns all that it writes, so sums are taken in one order whatever the thread count.
+Status attend_backward(const Backend& backend, const AttendBackwardParams& p, Workspace workspace) {
+  const Batch& batch = p.forward.batch;
+  const std::int32_t groups = p.forward.pages.layout.kv_heads;
+  const Backward backward(backend, p);
+  Arena arena(workspace);
+  auto* positions = arena.take<std::int32_t>(batch.max_kv_length * backend.pool->size());
+  auto* first_key = arena.take<std::int64_t>(batch.num_sequences);
+  std::int64_t keys = 0;
+  for (std::int32_t s = 0; s < batch.num_sequences; ++s) {
+    first_key[s] = keys;
+    keys += batch.kv_length[s];
+  }
+  const std::int64_t tasks = std::int64_t{batch.num_sequences} * groups;
+  backend.pool->parallel_for(tasks, [&](std::int64_t task, int worker) {
+    const auto sequence = static_cast<std::int32_t>(task / groups);
+    backward.run(sequence, first_key[sequence], static_cast<std::int32_t>(task % groups),
+                 positions + std::int64_t{batch.max_kv_length} * worker);
+  });
+  return {};
+}
+
+std::size_t attend_backward_workspace_bytes(const Backend& backend, const AttendBackwardParams& p) {
+  ArenaSize size;
+  size.take<std::int32_t>(std::int64_t{p.forward.batch.max_kv_length} * backend.pool->size());
+  size.take<std::int64_t>(p.forward.batch.num_sequences);
+  return size.bytes();
+}
+
+}  // namespace infllm::reference
