@@ -19,7 +19,7 @@ help:  ## this list
 build:  ## the program, optimised: build/release/infllm
 	tools/install_deps.sh build
 	test -f $(RELEASE)/CMakeCache.txt || cmake --preset release -DINFLLM_DEVELOPER=OFF
-	cmake --build $(RELEASE) --parallel $(JOBS) --target infllm
+	cmake --build --preset release --parallel $(JOBS) --target infllm
 
 demo: build  ## ask for a fact in a 32K document, dense and sparse
 	tools/install_deps.sh demo
@@ -28,20 +28,20 @@ demo: build  ## ask for a fact in a 32K document, dense and sparse
 test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, include arrows
 	tools/install_deps.sh build test
 	cmake --preset release -DINFLLM_DEVELOPER=ON
-	cmake --build $(RELEASE) --parallel $(JOBS)
-	ctest --test-dir $(RELEASE) --parallel $(JOBS) --output-on-failure
+	cmake --build --preset release --parallel $(JOBS)
+	ctest --preset release --parallel $(JOBS)
 
 bench:  ## run the benchmarks, add their lines to bench/results, render the tables
 	tools/install_deps.sh build test
 	cmake --preset release -DINFLLM_DEVELOPER=ON
-	cmake --build $(RELEASE) --parallel $(JOBS) --target benches infllm
+	cmake --build --preset release --parallel $(JOBS) --target benches infllm
 	for bench in $(RELEASE)/bench/*_bench; do "$$bench" --output bench/results/cpu.jsonl || exit; done
 	$(MAKE) render
 
 fuzz:  ## every fuzz target for FUZZ_SECONDS (60), from the seeds in fuzz/corpus
 	tools/install_deps.sh build fuzz
 	cmake --preset fuzz
-	cmake --build build/fuzz --parallel $(JOBS)
+	cmake --build --preset fuzz --parallel $(JOBS)
 	tools/fuzz.sh build/fuzz/fuzz $(FUZZ_SECONDS)
 
 asan:  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
