@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained for how long: the stages of a run, as data."""
+
+import dataclasses
+
+import model
+import selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Samples of one length. batch counts one process; share and sparse are probabilities."""
+
+    length: int
+    batch: int
+    share: float = 1.0
+    sparse: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    steps: int
+    buckets: tuple
+    spread: float = 0.0  # share of samples whose RoPE positions have gaps
+    align_rows: int = 512  # last rows on which selection is taught; 0: not at all
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    stages: tuple
+    config: model.Config = dataclasses.field(default_factory=model.Config)
+    optimizer: str = "muon"
+    adamw_rate: float = 2e-3
+    muon_rate: float = 0.02
+    warmup: int = 100
+    decay: float = 0.3  # the last share of the steps, in which the rate falls to a hundredth
+    budgets: tuple = (20, 30)  # block budgets T drawn in sparse steps
+    longest: int = 40960
+
+    @property
+    def steps(self):
+        return sum(s.steps for s in self.stages)
+
+    def stage(self, step):
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+    def rate(self, step):
+        left = (self.steps - step) / (self.decay * self.steps)
+        return min(1.0, (step + 1) / self.warmup) * max(0.01, min(1.0, left))
+
+
+SMOKE = Recipe(
+    config=model.Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2,
+                        sparse=selection.SparseConfig(window_size=128, topk=4)),
+    stages=(
+        Stage(20, (Bucket(512, 2),), align_rows=0),
+        Stage(20, (Bucket(512, 2, sparse=0.5), Bucket(1024, 1, sparse=0.5)), spread=0.5,
+              align_rows=128),
+    ),
+    budgets=(5, 6),
+    warmup=5,
+)
+
+PROBE = Recipe(  # how fast is a step, and which variant learns faster
+    stages=(
+        Stage(1500, (Bucket(512, 64),), align_rows=0),
+        Stage(500, (Bucket(2048, 16),), spread=0.5),
+        Stage(10_000, (Bucket(4096, 8, sparse=0.5),), spread=0.5),
+    ),
+    decay=0.01,
+)
+
+TIMING = Recipe(
+    stages=(Stage(30, (Bucket(4096, 8, 1, 0.5),)), Stage(30, (Bucket(16384, 2, 1, 0.5),)),
+            Stage(40, (Bucket(40960, 1, 1, 0.5),), align_rows=1024)),
+)
+
+FULL = Recipe(
+    stages=(
+        Stage(2000, (Bucket(512, 64),), align_rows=0),
+        Stage(1500, (Bucket(2048, 16),), spread=0.5),
+        Stage(1500, (Bucket(4096, 8, sparse=0.5),), spread=0.5),
+        Stage(2000, (Bucket(16384, 2, sparse=0.5),), spread=0.3),
+        Stage(2000, (Bucket(40960, 1, sparse=0.5),), align_rows=1024),
+        Stage(2000, (Bucket(4096, 8, 0.2, 0.5), Bucket(8192, 4, 0.2, 0.5), Bucket(16384, 2, 0.25, 0.5),
+                     Bucket(32768, 1, 0.2, 0.5), Bucket(40960, 1, 0.15, 0.5)), align_rows=1024),
+    ),
+)
+
+RECIPES = {"full": FULL, "probe": PROBE, "timing": TIMING, "smoke": SMOKE}

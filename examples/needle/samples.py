@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token-level documents and conversations: filler is tokenised once, facts as they are drawn.
+
+    python3 examples/needle/samples.py     # .train/text -> .train/data/{train,heldout}.npz
+
+Pieces of this tokenizer never reach across a space or a line break, so a document's ids are its
+parts' ids joined. A conversation is rendered as the chat template would, answers included:
+
+    <s><|im_start|>user\\nDOCUMENT\\n\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\nANSWER<|im_end|>\\n
+       <|im_start|>user\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\n ...
+
+Needs numpy and sentencepiece.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+import sentencepiece
+
+import corpus
+import facts
+
+REST, ANSWER, PAD = 1, 2, 0  # what a target token is
+LEAST_FILLER = 160  # tokens of real text in the shortest training document
+
+
+class Codec:
+    """Ids of text in its place: after a special token, or inside a line of text."""
+
+    def __init__(self, model_file):
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        base = self.processor.vocab_size()
+        self.im_end, self.im_start = base, base + 1
+        self.bos, self.eos = 1, 2
+        self.inner = functools.lru_cache(maxsize=4096)(self._inner)
+
+    def segment(self, text: str) -> list:
+        """Ids of text that follows a special token: the dummy prefix applies."""
+        return self.processor.encode(text)
+
+    def _inner(self, text: str) -> list:
+        """Ids of text that begins with a space or a line break and follows other text."""
+        return self.processor.encode("\n" + text)[2:]
+
+    def count(self, text: str) -> int:
+        return len(self.inner(text))
+
+    def head(self) -> list:
+        """Up to and without the line break after the first role."""
+        return [self.bos, self.im_start] + self.segment("user")
+
+    def ask(self, question: str) -> list:
+        """What follows the document: the question, the end of the turn, the generation prompt."""
+        return (self.inner("\n\n" + question) + [self.im_end] + self.segment("\n")
+                + [self.im_start] + self.segment("assistant\n"))
+
+    def ask_again(self, question: str) -> list:
+        return (self.segment("\n") + [self.im_start] + self.segment("user\n" + question)
+                + [self.im_end] + self.segment("\n") + [self.im_start] + self.segment("assistant\n"))
+
+    def answer(self, answer: str) -> list:
+        """The answer after "assistant\\n", and the end of the turn."""
+        return self.inner("\n" + answer)[1:] + [self.im_end]
+
+
+@dataclasses.dataclass
+class Hay:
+    tokens: np.ndarray  # uint16
+    unit_tokens: np.ndarray  # [n + 1] running token count
+    line_start: np.ndarray  # [n]
+
+    @staticmethod
+    def build(texts, codec: Codec):
+        """Returns the hay of the texts and their units."""
+        ids, counts, starts, all_units = [], [], [], []
+        for text in texts:
+            for unit in corpus.units(text):
+                if unit[0] == "\n":
+                    first = len(counts)
+                starts.append(first)
+                encoded = codec.processor.encode("\n" + unit)[2:]
+                ids.append(np.asarray(encoded, np.uint16))
+                counts.append(len(encoded))
+                all_units.append(unit)
+        hay = Hay(np.concatenate(ids), np.concatenate([[0], np.cumsum(counts)]), np.asarray(starts))
+        return hay, all_units
+
+    def save(self, path):
+        np.savez(path, tokens=self.tokens, unit_tokens=self.unit_tokens.astype(np.int32),
+                 line_start=self.line_start.astype(np.int32))
+
+    @staticmethod
+    def load(path):
+        with np.load(path) as data:
+            return Hay(data["tokens"], data["unit_tokens"].astype(np.int64), data["line_start"])
+
+
+def render_tokens(plan: facts.Plan, hay: Hay, codec: Codec) -> np.ndarray:
+    parts, at = [], plan.start
+    for place, text in plan.planted:
+        parts.append(hay.tokens[hay.unit_tokens[at] : hay.unit_tokens[place]])
+        parts.append(np.asarray(codec.inner(text), np.uint16))
+        at = place
+    parts.append(hay.tokens[hay.unit_tokens[at] : hay.unit_tokens[plan.stop]])
+    return np.concatenate(parts)
+
+
+# How often a task is drawn for a training document; multi_key brings four questions at once.
+TASK_WEIGHTS = {"single": 0.25, "multi_key": 0.15, "multi_value": 0.3, "last_update": 0.3}
+
+
+def draw_facts(rng, codec: Codec, budget: int, most_questions: int, invented_names=0.25):
+    """Facts of at most `budget` tokens, and at most `most_questions` of their questions."""
+    generator = facts.Generator(rng, invented_names)
+    wanted = most_questions if rng.random() < 0.5 else int(rng.integers(1, most_questions + 1))
+    sets, used, questions = [], 0, 0
+    spare = rng.random() < 0.5  # more facts than questions
+    while generator.room() >= 2:
+        task = rng.choice(list(TASK_WEIGHTS), p=list(TASK_WEIGHTS.values()))
+        drawn = generator.draw(task)
+        cost = sum(codec.count(" " + f.text) for f in drawn.facts)
+        if used + cost > budget:
+            if sets:
+                break
+            continue
+        sets.append(drawn)
+        used += cost
+        questions += len(drawn.questions)
+        if questions >= wanted and not (spare and rng.random() < 0.8):
+            break
+    merged = facts.merge(sets)
+    chosen = rng.permutation(len(merged.questions))[:wanted]
+    merged.questions = [merged.questions[i] for i in chosen]
+    return merged
+
+
+def spread_positions(rng, length, tail, longest):
+    """Positions with gaps between parts of the document, so that distances up to `longest` occur."""
+    positions = np.arange(length)
+    extra = int(rng.integers(0, max(1, longest - length)))
+    cuts = np.sort(rng.integers(1, max(2, length - tail), size=6))
+    sizes = np.diff(np.concatenate([[0], np.sort(rng.integers(0, extra + 1, size=5)), [extra]]))
+    for cut, size in zip(cuts, sizes):
+        positions[cut:] += size
+    return positions
+
+
+def dialogue(questions, codec: Codec):
+    """Ids of all turns after the document, and what each id is."""
+    ids, kinds = [], []
+    for i, question in enumerate(questions):
+        asked = codec.ask_again(question.text) if i else codec.ask(question.text)
+        answer = codec.answer(question.answer)
+        ids += asked + answer
+        kinds += [REST] * len(asked) + [ANSWER] * len(answer)
+    return ids, kinds
+
+
+def conversation(rng, hay: Hay, codec: Codec, length: int, spread=0.0, longest=40960,
+                 most_questions=None):
+    """One training sample: tokens [length + 1], kind of each token [length + 1], positions [length]."""
+    most_questions = most_questions or int(np.clip(length // 100, 5, 24))
+    share = rng.uniform(0.5, 0.8) if length <= 1024 else rng.uniform(0.2, 0.45)
+    head = codec.head()
+    while True:
+        drawn = draw_facts(rng, codec, int(length * share), most_questions)
+        tail, kinds = dialogue(drawn.questions, codec)
+        budget = length + 1 - len(head) - len(tail)
+        if budget - sum(codec.count(" " + f.text) for f in drawn.facts) >= LEAST_FILLER:
+            break
+        share *= 0.9
+    plan = facts.plan_document(rng, hay.unit_tokens, hay.line_start, drawn.facts, budget, codec.count)
+    document = render_tokens(plan, hay, codec)
+    padding = budget - len(document)
+    tokens = np.concatenate([head, document, tail, np.full(padding, codec.eos)]).astype(np.int64)
+    kind = np.concatenate([np.full(len(head) + len(document), REST), kinds, np.full(padding, PAD)])
+    if rng.random() < spread:
+        positions = spread_positions(rng, length, len(tail) + padding, longest)
+    else:
+        positions = np.arange(length)
+    return tokens, kind.astype(np.int64), positions
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", type=pathlib.Path, default=pathlib.Path(".train/text"))
+    parser.add_argument("--tokenizer", default="models/needle-32k/tokenizer.model")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(".train/data"))
+    args = parser.parse_args()
+    codec = Codec(args.tokenizer)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split in corpus.SOURCES:
+        texts = [p.read_text(encoding="utf-8") for p in sorted((args.text / split).glob("*.txt"))]
+        hay, _ = Hay.build(texts, codec)
+        hay.save(args.out / f"{split}.npz")
+        print(f"{split}: {len(hay.tokens) / 1e6:.2f} M tokens in {len(hay.line_start)} units")
+
+
+if __name__ == "__main__":
+    main()
