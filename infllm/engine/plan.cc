@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "infllm/engine/plan.h"
+
+#include <algorithm>
+
+namespace infllm::engine {
+namespace {
+
+// Places of the arrays in the one buffer, in int32 elements; `sparse` holds bytes.
+struct Places {
+  std::int64_t query_start, kv_length, token_ids, logit_rows, sparse, page_table, end;
+};
+
+Places places(std::int64_t sequences, std::int64_t tokens, std::int64_t pages) {
+  Places p{};
+  p.query_start = 0;
+  p.kv_length = p.query_start + sequences + 1;
+  p.token_ids = p.kv_length + sequences;
+  p.logit_rows = p.token_ids + tokens;
+  p.sparse = p.logit_rows + sequences;
+  p.page_table = p.sparse + ceil_div(sequences, sizeof(std::int32_t));
+  p.end = p.page_table + sequences * pages;
+  return p;
+}
+
+// The arrays at `base`, which may be the staging copy or the backend's.
+Batch with_arrays(Batch batch, const std::int32_t* base, const Places& at) {
+  batch.query_start = base + at.query_start;
+  batch.kv_length = base + at.kv_length;
+  batch.page_table = base + at.page_table;
+  batch.sparse = reinterpret_cast<const std::uint8_t*>(base + at.sparse);
+  return batch;
+}
+
+}  // namespace
+
+std::int64_t Plan::bytes(const PlanLimits& limits) {
+  return places(limits.max_sequences, limits.max_tokens, limits.max_pages).end *
+         static_cast<std::int64_t>(sizeof(std::int32_t));
+}
+
+Result<Plan> Plan::create(const Backend& backend, const PlanLimits& limits) {
+  Plan plan;
+  plan.backend_ = backend;
+  plan.limits_ = limits;
+  plan.device_ = INFLLM_TRY(allocate(backend, static_cast<std::size_t>(bytes(limits))));
+  return plan;
+}
+
+Status Plan::build(std::span<const Work> work, const ModeRule& rule, const KvPool& pool) {
+  Batch batch;
+  batch.num_sequences = static_cast<std::int32_t>(work.size());
+  for (const Work& item : work) {
+    batch.num_tokens += item.tokens;
+    batch.max_query_length = std::max(batch.max_query_length, item.tokens);
+    batch.max_kv_length = std::max(batch.max_kv_length, item.sequence->cached + item.tokens);
+  }
+  batch.max_pages = static_cast<std::int32_t>(pool.pages_for(batch.max_kv_length));
+  INFLLM_CHECK(batch.num_sequences <= limits_.max_sequences &&
+                   batch.num_tokens <= limits_.max_tokens && batch.max_pages <= limits_.max_pages,
+               "a step larger than the plan's limits");
+
+  const Places at = places(batch.num_sequences, batch.num_tokens, batch.max_pages);
+  staging_.assign(at.end, 0);
+  positions_.clear();
+  lengths_.clear();
+  modes_.clear();
+  num_logits_ = 0;
+  auto* sparse = reinterpret_cast<std::uint8_t*>(staging_.data() + at.sparse);
+  for (std::int32_t b = 0; b < batch.num_sequences; ++b) {
+    const Sequence& sequence = *work[b].sequence;
+    const std::int32_t start = staging_[at.query_start + b];
+    const std::int32_t end = start + work[b].tokens;
+    const std::int32_t kv_length = sequence.cached + work[b].tokens;
+    const std::int32_t length = sequence.deciding_length(work[b].tokens);
+    staging_[at.query_start + b + 1] = end;
+    staging_[at.kv_length + b] = kv_length;
+    std::copy_n(sequence.tokens.begin() + sequence.cached, work[b].tokens,
+                staging_.begin() + at.token_ids + start);
+    std::copy_n(sequence.pages.begin(), pool.pages_for(kv_length),
+                staging_.begin() + at.page_table + std::int64_t{b} * batch.max_pages);
+    if (work[b].wants_logits()) staging_[at.logit_rows + num_logits_++] = end - 1;
+    for (std::int32_t position = sequence.cached; position < kv_length; ++position) {
+      positions_.push_back(position);
+      lengths_.push_back(length);
+    }
+    modes_.push_back(rule.at(length));
+    sparse[b] = modes_.back().sparse ? 1 : 0;
+    batch.any_sparse |= modes_.back().sparse;
+  }
+
+  INFLLM_TRY(check_contents(with_arrays(batch, staging_.data(), at), pool.page_tokens(),
+                            pool.total_pages()));
+  INFLLM_TRY(
+      copy_in(backend_, device_.data(), staging_.data(), staging_.size() * sizeof(std::int32_t)));
+  const auto* base = device_.as<const std::int32_t>();
+  batch_ = with_arrays(batch, base, at);
+  token_ids_ = base + at.token_ids;
+  logit_rows_ = base + at.logit_rows;
+  return {};
+}
+
+}  // namespace infllm::engine
