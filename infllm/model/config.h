@@ -50,7 +50,7 @@ struct ModelConfig {
   RopeConfig rope;
 
   // Maximal update parametrisation: h = scale_emb E, h += scale_depth / sqrt(layers) f(h),
-  // logits = W h dim_model_base / hidden_size. All 1 for llama.
+  // logits = W h dim_model_base / hidden_size. All three factors are 1 for llama.
   double scale_emb = 1;
   double scale_depth = 1;
   double dim_model_base = 0;

@@ -32,7 +32,7 @@ std::string_view name_of(RopeType type);
 struct RopeConfig {
   RopeType type = RopeType::kDefault;
   double theta = 10000;
-  double factor = 1;                             // linear, llama3, yarn; longrope: optional
+  double factor = 1;  // linear, llama3, yarn; longrope: 0 means max / original positions
   std::int32_t original_max_positions = 0;       // llama3, yarn, longrope
   std::optional<double> attention_factor;        // null: the type's own rule
   double low_freq_factor = 1;                    // llama3
@@ -61,11 +61,8 @@ class Rope {
   void row(std::int32_t position, std::int32_t length, float* cos, float* sin) const;
 
  private:
-  struct Frequencies {
-    std::vector<float> scale;  // 1 / factor_i
-    std::vector<float> inverse;
-  };
-  Frequencies short_, long_;
+  std::vector<float> inverse_;                   // theta^(-2i/D), stretched by the type's rule
+  std::vector<float> short_scale_, long_scale_;  // 1 / factor_i
   std::int32_t switch_length_ = 0;
   float attention_factor_ = 1;
 };

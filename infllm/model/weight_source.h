@@ -24,9 +24,11 @@ class WeightSource {
  public:
   virtual ~WeightSource() = default;
 
-  // Whether the tensor exists with this shape and a floating-point type, without touching its
-  // memory. kNotFound or kDataError; messages name the tensor, what was found and expected.
-  virtual Status check(const std::string& name, std::span<const std::int64_t> shape) const = 0;
+  // The element type of the tensor, if it exists with this shape and a floating-point type; its
+  // memory is not touched. kNotFound or kDataError; messages name the tensor, what was found and
+  // what was expected.
+  virtual Result<DType> check(const std::string& name,
+                              std::span<const std::int64_t> shape) const = 0;
 
   // The tensor, after the same checks.
   virtual Result<WeightTensor> tensor(const std::string& name,

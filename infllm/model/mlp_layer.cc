@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "infllm/model/layer.h"
+
+namespace infllm::model {
+
+Status mlp_layer(const Step& step, const LayerWeights& weights) {
+  const ModelConfig& c = step.config;
+  const Backend& backend = step.backend;
+  const std::int64_t tokens = step.batch.num_tokens;
+
+  INFLLM_TRY(timed(step.times, &ForwardTimes::norm, [&] {
+    return rms_norm(backend, {.tokens = tokens,
+                              .width = c.hidden_size,
+                              .x = step.at(step.plan.hidden),
+                              .weight = weights.mlp_norm.data(),
+                              .epsilon = c.rms_norm_eps,
+                              .y = step.at(step.plan.normed)});
+  }));
+  return timed(step.times, &ForwardTimes::mlp, [&]() -> Status {
+    INFLLM_TRY(linear(backend,
+                      {.weight = &weights.gate_up,
+                       .tokens = tokens,
+                       .x = step.at(step.plan.normed),
+                       .y = step.at(step.plan.gate_up)},
+                      step.workspace));
+    INFLLM_TRY(swiglu(backend, {.tokens = tokens,
+                                .width = c.intermediate_size,
+                                .x = step.at(step.plan.gate_up),
+                                .y = step.at(step.plan.gated)}));
+    return linear(backend,
+                  {.weight = &weights.down,
+                   .tokens = tokens,
+                   .x = step.at(step.plan.gated),
+                   .y = step.at(step.plan.hidden),
+                   .alpha = c.residual_scale(),
+                   .accumulate = true},
+                  step.workspace);
+  });
+}
+
+}  // namespace infllm::model
