@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 60
 RELEASE := build/release
 # What ninja prints in front of each line: done/all, percent, seconds.
 export NINJA_STATUS = [%f/%t %p %es] 
-SOURCES = $(shell git ls-files '*.h' '*.cc' '*.cu' '*.cuh' 2>/dev/null)
+SOURCES = $(shell find infllm tests bench fuzz -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 
 .PHONY: help build demo test bench fuzz asan tsan lint format-check format tidy render check-render \
   clean
@@ -66,8 +66,8 @@ format-check:
 tidy:
 	tools/install_deps.sh build test lint
 	cmake --preset release -DINFLLM_DEVELOPER=ON
-	run-clang-tidy-14 -quiet -p $(RELEASE) -j $(JOBS) '/infllm/(core|ops|model|engine|app)/' \
-	  2>/dev/null
+	run-clang-tidy-14 -quiet -p $(RELEASE) -j $(JOBS) '/infllm/(core|ops|model|engine|app)/' 2>&1 \
+	  | sed -E '/^clang-tidy|warnings? generated|^Suppressed|^Use -header-filter/d'
 
 format:  ## lay out every source with clang-format 14
 	tools/install_deps.sh lint

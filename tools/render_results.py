@@ -26,7 +26,8 @@ peer ran beside the measured code in one process on the same inputs; a ratio abo
 measured code is faster.
 """
 # Fields of a shape in the order they are read aloud, and how.
-SHAPE = {"model": "{}", "batch": "batch {}", "heads_q": "{}", "heads_kv": "{}", "head_dim": "d {}"}
+SHAPE = {"model": "{}", "dtype": "{}", "batch": "batch {}", "heads_q": "{}", "heads_kv": "{}",
+         "head_dim": "d {}"}
 
 
 def number(value):
@@ -58,7 +59,7 @@ def table(head, rows):
 def shape_label(shape):
     """'minicpm4-0.5b, 16/2 heads, d 64': the shape without its lengths."""
     parts = []
-    for field in ["model", "batch"]:
+    for field in ["model", "dtype", "batch"]:
         if field in shape and shape[field] != 1:
             parts.append(SHAPE[field].format(shape[field]))
     if "heads_q" in shape and "heads_kv" in shape:
@@ -118,27 +119,31 @@ def families(records):
     return groups
 
 
+ALL_TASKS = "all tasks"
+
+
 def evaluation_rows(evaluations):
     """One row for each model, task and length, all tasks together last; dense beside sparse."""
-    cells, order = {}, []
-    for r in sorted(evaluations, key=lambda r: (r.get("model", ""), r["task"], r["length"])):
-        for task in (r["task"], "all tasks"):
-            cell = cells.setdefault((r.get("model", ""), task, r["length"]), {})
+    cells = {}
+    for r in evaluations:
+        by = ", ".join(part for part in (r["backend"], r.get("dtype")) if part)
+        for task in (r["task"], ALL_TASKS):
+            cell = cells.setdefault((r.get("model", ""), by, task, r["length"]), {})
             old = cell.get(r["attention"], (0, 0, []))
             shares = old[2] + ([r["visible_share"]] if "visible_share" in r else [])
             cell[r["attention"]] = (old[0] + r["correct"], old[1] + r["total"], shares)
-    order = sorted(cells, key=lambda k: (k[0], k[1] == "all tasks", k[1], k[2]))
-    for model, task, length in order:
-        cell = cells[model, task, length]
+    for group in sorted(cells, key=lambda k: (k[0], k[1], k[2] == ALL_TASKS, k[2], k[3])):
+        model, by, task, length = group
+        cell = cells[group]
         dense, sparse = cell.get("dense"), cell.get("sparse")
         shares = sparse[2] if sparse else []
         kept = sparse[0] / sparse[1] * dense[1] / dense[0] if dense and sparse and dense[0] else None
-        yield [model, task, tokens_label(length), share(dense), share(sparse), percent(kept),
+        yield [model, by, task, tokens_label(length), share(dense), share(sparse), percent(kept),
                percent(sum(shares) / len(shares)) if shares else "",
                str((dense or sparse)[1])]
 
 
-EVALUATION_HEAD = ["checkpoint", "task", "tokens", "dense", "sparse", "sparse of dense",
+EVALUATION_HEAD = ["checkpoint", "run by", "task", "tokens", "dense", "sparse", "sparse of dense",
                    "visible share", "samples"]
 
 
@@ -197,7 +202,9 @@ def readme_numbers(measurements, evaluations):
              f'{number(r["ms"])} ms', f'{number(r["peer_ms"])} ms ({r["peer"]})',
              f'{number(r["ratio"])}x'] for r in longest(measurements)]
     out = [table(["what", "shape", "tokens", "sparse", "beside", "ratio"], rows)] if rows else []
-    totals = [row for row in evaluation_rows(evaluations) if row[1] == "all tasks"]
+    # The engine's own answers, where there are some; the trainer's are in docs/performance.md.
+    own = [r for r in evaluations if r["backend"] != "pytorch"]
+    totals = [row for row in evaluation_rows(own or evaluations) if row[2] == ALL_TASKS]
     if totals:
         out.append(table(EVALUATION_HEAD, totals))
     if rows:

@@ -25,7 +25,7 @@ def measurement(**changes):
 
 def evaluation(**changes):
     record = {"name": "eval.needle", "model": "needle-32k", "task": "single", "length": 32768,
-              "attention": "dense", "correct": 200, "total": 200}
+              "attention": "dense", "correct": 200, "total": 200, "backend": "cpu"}
     return {**record, **changes}
 
 
@@ -122,10 +122,24 @@ class RenderTest(unittest.TestCase):
                    evaluation(task="several", correct=100),
                    evaluation(task="several", attention="sparse", correct=99, visible_share=0.07))
         self.render()
-        self.assertIn("| needle-32k | single | 32K | 100.0 % | 99.0 % | 99.0 % | 5.0 % | 200 |",
+        self.assertIn("| needle-32k | cpu | single | 32K | 100.0 % | 99.0 % | 99.0 % | 5.0 % | 200 |",
                       self.text("docs/performance.md"))
-        self.assertIn("| needle-32k | all tasks | 32K | 75.0 % | 74.2 % | 99.0 % | 6.0 % | 400 |",
+        self.assertIn("| needle-32k | cpu | all tasks | 32K | 75.0 % | 74.2 % | 99.0 % | 6.0 % | 400 |",
                       self.text("README.md"))
+
+    def test_the_readme_prefers_the_engine_to_the_trainer(self):
+        self.write(evaluation(), evaluation(backend="pytorch", correct=150))
+        self.render()
+        self.assertIn("75.0 %", self.text("docs/performance.md"))
+        self.assertNotIn("pytorch", self.text("README.md"))
+        self.assertIn("| needle-32k | cpu | all tasks |", self.text("README.md"))
+
+    def test_what_the_program_states_once_becomes_part_of_the_shape(self):
+        self.write(measurement(column="cpu:avx512", backend="cpu", dtype="bf16", threads=2,
+                               model="needle-32k"))
+        self.render()
+        self.assertIn("| cpu:avx512 | needle-32k, bf16, 16/2 heads, d 64, threads 2 | 32K |",
+                      self.text("docs/performance.md"))
 
     def test_check_fails_until_rendered(self):
         self.write(measurement())

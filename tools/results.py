@@ -9,13 +9,13 @@ MEASUREMENT = {
     "name": str, "backend": str, "device": str, "driver": str, "commit": str, "date": str,
     "shape": dict, "input": str, "ms": NUMBER, "ms_low": NUMBER, "ms_high": NUMBER,
     "tflops": NUMBER, "gbps": NUMBER, "roofline": NUMBER, "peer": str, "peer_ms": NUMBER,
-    "ratio": NUMBER, "note": str,
+    "ratio": NUMBER, "note": str, "column": str, "threads": int, "dtype": str, "model": str,
 }
 MEASUREMENT_REQUIRED = {"name", "backend", "device", "commit", "date", "shape", "ms"}
 EVALUATION = {
     "name": str, "model": str, "task": str, "length": int, "attention": str, "correct": int,
     "total": int, "visible_share": NUMBER, "backend": str, "device": str, "driver": str,
-    "commit": str, "date": str, "note": str,
+    "commit": str, "date": str, "note": str, "column": str, "threads": int, "dtype": str,
 }
 EVALUATION_REQUIRED = {"name", "task", "length", "attention", "correct", "total"}
 
@@ -75,6 +75,15 @@ def check_evaluation(record):
         raise BadResult(f'"visible_share" is {record["visible_share"]}, expected 0 to 1')
 
 
+def gather_context(record):
+    """What the program states once for all its lines goes where a benchmark would have put it."""
+    record["backend"] = record.pop("column", record.get("backend", ""))
+    if not is_evaluation(record):
+        for name in ("model", "dtype", "threads"):
+            if name in record:
+                record["shape"].setdefault(name, record.pop(name))
+
+
 def parse_line(line):
     try:
         record = json.loads(line)
@@ -85,6 +94,7 @@ def parse_line(line):
     (check_evaluation if is_evaluation(record) else check_measurement)(record)
     if "date" in record and not re.match(r"\d{4}-\d{2}-\d{2}", record["date"]):
         raise BadResult(f'"date" is "{record["date"]}", expected YYYY-MM-DD')
+    gather_context(record)
     return record
 
 
@@ -92,7 +102,7 @@ def key(record):
     """What a record measures; a later record with the same key replaces it."""
     if is_evaluation(record):
         return tuple(record.get(name, "") for name in
-                     ("name", "model", "task", "length", "attention"))
+                     ("name", "model", "backend", "dtype", "task", "length", "attention"))
     return (record["name"], record["device"], record["backend"],
             json.dumps(record["shape"], sort_keys=True), record.get("input", ""),
             record.get("peer", ""))
