@@ -10,8 +10,8 @@ RELEASE := build/release
 export NINJA_STATUS = [%f/%t %p %es] 
 SOURCES = $(shell find infllm tests bench fuzz -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 
-.PHONY: help build demo test bench fuzz asan tsan lint format-check format tidy render check-render \
-  clean
+.PHONY: help build demo test bench fuzz asan tsan lint format-check format tidy render render-cli \
+  check-render clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -75,6 +75,9 @@ format:  ## lay out every source with clang-format 14
 
 render:  ## docs/performance.md and the README's numbers from bench/results
 	tools/render_results.py
+
+render-cli: build  ## docs/cli.md from the program's help
+	tools/render_cli.py --binary $(RELEASE)/infllm
 
 check-render:
 	tools/render_results.py --check
