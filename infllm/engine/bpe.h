@@ -51,12 +51,11 @@ class Bpe {
     return code < characters_.size() ? characters_[code] : -1;
   }
   void start_ranked(std::string_view word, std::vector<std::int32_t>& symbols) const;
-  void start_scored(std::string_view word, std::vector<std::int32_t>& symbols,
-                    std::vector<char32_t>& strangers) const;
-  void finish_scored(std::int32_t symbol, const std::vector<char32_t>& strangers,
-                     const std::unordered_map<std::int32_t, const Merge*>& unused,
-                     std::vector<std::int32_t>& ids) const;
-  void append_unknown(std::string_view bytes, std::vector<std::int32_t>& ids) const;
+  void start_scored(std::string_view word, std::vector<std::int32_t>& symbols) const;
+  using UnusedPairs = std::unordered_map<std::int32_t, std::uint64_t>;
+  UnusedPairs merge(std::vector<std::int32_t>& symbols) const;
+  void finish_scored(std::int32_t symbol, const UnusedPairs& unused,
+                     std::vector<std::int32_t>& ids, bool& after_unknown) const;
 
   const TokenizerSpec& spec_;
   bool scored_;             // SentencePiece's rules for unknown characters
