@@ -4,11 +4,12 @@
 # docs/dependencies.md and configures by itself. The work is CMake's: see CMakePresets.json.
 SHELL := /bin/bash -o pipefail
 JOBS ?= $(shell nproc)
+CMAKE_FLAGS ?=
 FUZZ_SECONDS ?= 60
 RELEASE := build/release
 # What ninja prints in front of each line: done/all, percent, seconds.
 export NINJA_STATUS = [%f/%t %p %es] 
-SOURCES = $(shell find infllm tests bench fuzz -name '*.h' -o -name '*.cc' -o -name '*.cu*')
+SOURCES = $(shell find infllm tests bench fuzz examples -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 
 .PHONY: help build demo test bench fuzz asan tsan lint format-check format tidy render render-cli \
   check-render clean
@@ -18,7 +19,7 @@ help:  ## this list
 
 build:  ## the program, optimised: build/release/infllm
 	tools/install_deps.sh build
-	test -f $(RELEASE)/CMakeCache.txt || cmake --preset release -DINFLLM_DEVELOPER=OFF
+	test -f $(RELEASE)/CMakeCache.txt || cmake --preset release -DINFLLM_DEVELOPER=OFF $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS) --target infllm
 
 demo: build  ## ask for a fact in a 32K document, dense and sparse
@@ -27,32 +28,32 @@ demo: build  ## ask for a fact in a 32K document, dense and sparse
 
 test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, include arrows
 	tools/install_deps.sh build test
-	cmake --preset release -DINFLLM_DEVELOPER=ON
+	cmake --preset release -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS)
 	ctest --preset release --parallel $(JOBS)
 
 bench:  ## run the benchmarks, add their lines to bench/results, render the tables
 	tools/install_deps.sh build test
-	cmake --preset release -DINFLLM_DEVELOPER=ON
+	cmake --preset release -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS) --target benches infllm
 	for bench in $(RELEASE)/bench/*_bench; do "$$bench" --output bench/results/cpu.jsonl || exit; done
 	$(MAKE) render
 
 fuzz:  ## every fuzz target for FUZZ_SECONDS (60), from the seeds in fuzz/corpus
 	tools/install_deps.sh build fuzz
-	cmake --preset fuzz
+	cmake --preset fuzz $(CMAKE_FLAGS)
 	cmake --build --preset fuzz --parallel $(JOBS)
 	tools/fuzz.sh build/fuzz/fuzz $(FUZZ_SECONDS)
 
 asan:  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/install_deps.sh build test
-	cmake --preset debug
+	cmake --preset debug $(CMAKE_FLAGS)
 	cmake --build --preset debug --parallel $(JOBS)
 	ctest --preset debug --parallel $(JOBS)
 
 tsan:  ## the tests with threads under ThreadSanitizer
 	tools/install_deps.sh build test
-	cmake --preset tsan
+	cmake --preset tsan $(CMAKE_FLAGS)
 	cmake --build --preset tsan --parallel $(JOBS)
 	ctest --preset tsan --parallel $(JOBS)
 
@@ -65,7 +66,7 @@ format-check:
 
 tidy:
 	tools/install_deps.sh build test lint
-	cmake --preset release -DINFLLM_DEVELOPER=ON
+	cmake --preset release -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
 	run-clang-tidy-14 -quiet -p $(RELEASE) -j $(JOBS) '/infllm/(core|ops|model|engine|app)/' 2>&1 \
 	  | sed -E '/^clang-tidy|warnings? generated|^Suppressed|^Use -header-filter/d'
 
