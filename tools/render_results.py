@@ -25,19 +25,22 @@ lines and renders again. Times are medians, with the quartiles behind them where
 peer ran beside the measured code in one process on the same inputs; a ratio above 1 means that the
 measured code is faster.
 """
-# Fields of a shape in the order they are read aloud, and how.
-SHAPE = {"model": "{}", "dtype": "{}", "batch": "batch {}", "heads_q": "{}", "heads_kv": "{}",
-         "head_dim": "d {}"}
-
-
 def number(value):
     """Three significant digits, thousands in full."""
     if value is None:
         return ""
+    if value == 0:
+        return "0"
     if value >= 1000:
         return f"{value:,.0f}"
     digits = f"{value:.3g}"
     return digits if "e" not in digits else f"{value:.6f}"
+
+
+def duration(milliseconds):
+    if milliseconds >= 1000:
+        return f"{number(milliseconds / 1000)} s"
+    return f"{number(milliseconds)} ms"
 
 
 def percent(value):
@@ -46,6 +49,12 @@ def percent(value):
 
 def tokens_label(tokens):
     return chart.tokens_label(tokens) if isinstance(tokens, int) else ""
+
+
+def length_label(shape):
+    """'32K', or '64 after 32K' where the cache held tokens already."""
+    label = tokens_label(shape.get("tokens"))
+    return f'{label} after {tokens_label(shape["depth"])}' if shape.get("depth") else label
 
 
 def table(head, rows):
@@ -57,24 +66,25 @@ def table(head, rows):
 
 
 def shape_label(shape):
-    """'minicpm4-0.5b, 16/2 heads, d 64': the shape without its lengths."""
-    parts = []
-    for field in ["model", "dtype", "batch"]:
-        if field in shape and shape[field] != 1:
-            parts.append(SHAPE[field].format(shape[field]))
-    if "heads_q" in shape and "heads_kv" in shape:
+    """'minicpm4-0.5b, bf16, sparse, threads 2', '16/2 heads, d 64': all but the lengths."""
+    parts = [str(shape[field]) for field in ("model", "weights", "attention") if field in shape]
+    if "model" not in shape and "heads_q" in shape and "heads_kv" in shape:
         parts.append(f'{shape["heads_q"]}/{shape["heads_kv"]} heads')
-    if "head_dim" in shape:
-        parts.append(SHAPE["head_dim"].format(shape["head_dim"]))
-    named = {*SHAPE, "tokens", "blocks"}
+    if "model" not in shape and "head_dim" in shape:
+        parts.append(f'd {shape["head_dim"]}')
+    if shape.get("batch", 1) != 1:
+        parts.append(f'batch {shape["batch"]}')
+    named = {"model", "weights", "attention", "heads_q", "heads_kv", "head_dim", "batch", "tokens",
+             "depth", "blocks"}
     parts += [f"{field} {shape[field]}" for field in sorted(shape) if field not in named]
     return ", ".join(parts)
 
 
 def sort_key(record):
     shape = record["shape"]
-    return (record["name"], shape_label(shape), record["backend"], shape.get("tokens", 0),
-            shape.get("blocks", 0), record.get("input", ""), record.get("peer", ""))
+    return (record["name"], shape_label(shape), record["backend"],
+            shape.get("depth", 0) + shape.get("tokens", 0), shape.get("blocks", 0),
+            record.get("input", ""), record.get("peer", ""))
 
 
 def times(record):
@@ -86,14 +96,28 @@ def times(record):
 def measurement_row(record):
     shape = record["shape"]
     return [f'`{record["name"]}`', record["backend"], shape_label(shape),
-            tokens_label(shape.get("tokens")), str(shape.get("blocks", "")),
+            length_label(shape), str(shape.get("blocks", "")), percent(record.get("visible_share")),
             record.get("input", ""), times(record), number(record.get("tflops")),
             number(record.get("gbps")), percent(record.get("roofline")), record.get("peer", ""),
             number(record.get("peer_ms")), number(record.get("ratio")),
             f'`{record["commit"][:9]}`', record.get("note", "")]
 
 
-MEASUREMENT_HEAD = ["what", "backend", "shape", "tokens", "blocks", "input", "ms", "TFLOP/s",
+STEPS = ["compress", "score", "select", "attend", "projections", "mlp", "head"]
+
+
+def step_row(record):
+    """Where the milliseconds of one run went, step by step."""
+    steps = {name.removesuffix("_ms"): value for name, value in record["steps_ms"].items()}
+    rest = sum(value for name, value in steps.items() if name not in STEPS)
+    shape = record["shape"]
+    return [f'`{record["name"]}`', shape_label(shape), length_label(shape),
+            *(number(steps.get(name)) for name in STEPS), number(rest)]
+
+
+STEP_HEAD = ["what", "shape", "tokens", *STEPS, "rest"]
+MEASUREMENT_HEAD = ["what", "backend", "shape", "tokens", "blocks", "visible", "input",
+                    "ms", "TFLOP/s",
                     "GB/s", "of the limit", "peer", "peer ms", "ratio", "commit", "note"]
 
 
@@ -181,6 +205,9 @@ def performance(measurements, evaluations):
         out.append(f"## {device_label(records)}\n")
         for family, members in families(records).items():
             out += [f"### {family}\n", table(MEASUREMENT_HEAD, [measurement_row(r) for r in members])]
+            steps = [step_row(r) for r in members if "steps_ms" in r]
+            if steps:
+                out += [f"Milliseconds of each step, {family}:\n", table(STEP_HEAD, steps)]
     if evaluations:
         out += ["## Answers\n", table(EVALUATION_HEAD, list(evaluation_rows(evaluations)))]
     if not measurements and not evaluations:
@@ -198,10 +225,10 @@ def longest(measurements):
 
 
 def readme_numbers(measurements, evaluations):
-    rows = [[f'`{r["name"]}`', shape_label(r["shape"]), tokens_label(r["shape"].get("tokens")),
-             f'{number(r["ms"])} ms', f'{number(r["peer_ms"])} ms ({r["peer"]})',
+    rows = [[f'`{r["name"]}`', shape_label(r["shape"]), length_label(r["shape"]),
+             duration(r["ms"]), f'{duration(r["peer_ms"])} ({r["peer"]})',
              f'{number(r["ratio"])}x'] for r in longest(measurements)]
-    out = [table(["what", "shape", "tokens", "sparse", "beside", "ratio"], rows)] if rows else []
+    out = [table(["what", "shape", "tokens", "infllm.cpp", "beside", "ratio"], rows)] if rows else []
     # The engine's own answers, where there are some; the trainer's are in docs/performance.md.
     own = [r for r in evaluations if r["backend"] != "pytorch"]
     totals = [row for row in evaluation_rows(own or evaluations) if row[2] == ALL_TASKS]

@@ -54,6 +54,8 @@ class SchemaTest(unittest.TestCase):
         self.refused(measurement(gbps=float("nan")), "expected a positive number")
         self.refused(measurement(ms_low=100.5), "between ms_low and ms_high")
         self.refused(measurement(ratio=8.0), "expected peer_ms / ms = 7")
+        self.refused(measurement(visible_share=1.5), "0 to 1")
+        self.refused(measurement(steps_ms={"attend": -1}), "expected milliseconds")
         self.refused(measurement(date="yesterday"), "YYYY-MM-DD")
         self.refused(evaluation(correct=201), "no count")
         self.refused(evaluation(total=0, correct=0), "no count")
@@ -138,8 +140,19 @@ class RenderTest(unittest.TestCase):
         self.write(measurement(column="cpu:avx512", backend="cpu", dtype="bf16", threads=2,
                                model="needle-32k"))
         self.render()
-        self.assertIn("| cpu:avx512 | needle-32k, bf16, 16/2 heads, d 64, threads 2 | 32K |",
+        self.assertIn("| cpu:avx512 | needle-32k, bf16, threads 2 | 32K |",
                       self.text("docs/performance.md"))
+
+    def test_where_the_time_goes_is_a_table_of_its_own(self):
+        shape = {"model": "needle-32k", "attention": "sparse", "tokens": 64, "depth": 32768}
+        self.write(measurement(name="model.decode", shape=shape, visible_share=0.0588,
+                               steps_ms={"attend_ms": 30.0, "mlp_ms": 60.0, "rope_ms": 1.5,
+                                         "norm_ms": 2.5}))
+        self.render()
+        text = self.text("docs/performance.md")
+        self.assertIn("| `model.decode` | cpu:avx2 | needle-32k, sparse | 64 after 32K | 5.9 % |", text)
+        self.assertIn("| what | shape | tokens | attend | mlp | rest |", text)
+        self.assertIn("| `model.decode` | needle-32k, sparse | 64 after 32K | 30 | 60 | 4 |", text)
 
     def test_check_fails_until_rendered(self):
         self.write(measurement())

@@ -10,6 +10,7 @@ MEASUREMENT = {
     "shape": dict, "input": str, "ms": NUMBER, "ms_low": NUMBER, "ms_high": NUMBER,
     "tflops": NUMBER, "gbps": NUMBER, "roofline": NUMBER, "peer": str, "peer_ms": NUMBER,
     "ratio": NUMBER, "note": str, "column": str, "threads": int, "dtype": str, "model": str,
+    "visible_share": NUMBER, "steps_ms": dict,
 }
 MEASUREMENT_REQUIRED = {"name", "backend", "device", "commit", "date", "shape", "ms"}
 EVALUATION = {
@@ -46,6 +47,11 @@ def check_positive(record, names):
             raise BadResult(f'"{name}" is {record[name]}, expected a positive number')
 
 
+def check_share(record):
+    if not 0 < record.get("visible_share", 1) <= 1:
+        raise BadResult(f'"visible_share" is {record["visible_share"]}, expected 0 to 1')
+
+
 def check_measurement(record):
     check_fields(record, MEASUREMENT, MEASUREMENT_REQUIRED)
     check_positive(record, ["ms", "ms_low", "ms_high", "peer_ms", "ratio", "tflops", "gbps",
@@ -53,8 +59,12 @@ def check_measurement(record):
     for name, value in record["shape"].items():
         if not isinstance(value, (int, float, str)) or isinstance(value, bool):
             raise BadResult(f'shape "{name}" is {json.dumps(value)}, expected a number or a name')
+    for name, value in record.get("steps_ms", {}).items():
+        if not isinstance(value, NUMBER) or not 0 <= value < float("inf"):
+            raise BadResult(f'steps_ms "{name}" is {json.dumps(value)}, expected milliseconds')
     if not record.get("ms_low", 0) <= record["ms"] <= record.get("ms_high", float("inf")):
         raise BadResult(f'"ms" is {record["ms"]}, expected it between ms_low and ms_high')
+    check_share(record)
     if ("peer" in record) != ("peer_ms" in record):
         raise BadResult('"peer" and "peer_ms" come together')
     if "peer" in record:
@@ -71,17 +81,17 @@ def check_evaluation(record):
         raise BadResult(f'"attention" is "{record["attention"]}", expected dense or sparse')
     if not 0 <= record["correct"] <= record["total"] or record["total"] == 0:
         raise BadResult(f'{record["correct"]} of {record["total"]} correct is no count')
-    if not 0 < record.get("visible_share", 1) <= 1:
-        raise BadResult(f'"visible_share" is {record["visible_share"]}, expected 0 to 1')
+    check_share(record)
 
 
 def gather_context(record):
     """What the program states once for all its lines goes where a benchmark would have put it."""
     record["backend"] = record.pop("column", record.get("backend", ""))
     if not is_evaluation(record):
-        for name in ("model", "dtype", "threads"):
+        shape = record["shape"]
+        for name, inside in (("model", "model"), ("dtype", "weights"), ("threads", "threads")):
             if name in record:
-                record["shape"].setdefault(name, record.pop(name))
+                shape.setdefault(inside, record.pop(name))
 
 
 def parse_line(line):
