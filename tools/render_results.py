@@ -21,7 +21,7 @@ END = "<!-- end:numbers -->"
 HEADER = """# Performance
 
 Rendered from `bench/results/*.jsonl` by `tools/render_results.py`; `make bench` adds this machine's
-lines and renders again. Times are medians, with the quartiles behind them where they were kept. A
+lines and renders again. Times are medians, with the fastest and the slowest run behind them. A
 peer ran beside the measured code in one process on the same inputs; a ratio above 1 means that the
 measured code is faster.
 """
