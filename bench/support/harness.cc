@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "support/harness.h"
+
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <fstream>
+#include <memory>
+
+namespace infllm::bench {
+namespace {
+
+// First line that a command prints; empty when it fails.
+std::string first_line_of(const char* command) {
+  const std::unique_ptr<FILE, int (*)(FILE*)> pipe(popen(command, "r"), &pclose);
+  char line[256] = "";
+  if (pipe == nullptr || std::fgets(line, sizeof line, pipe.get()) == nullptr) return "";
+  line[std::strcspn(line, "\n")] = '\0';
+  return line;
+}
+
+std::string commit() {
+  const std::string hash = first_line_of("git rev-parse --short HEAD 2>/dev/null");
+  const bool dirty =
+      !first_line_of("git status --porcelain --untracked-files=no 2>/dev/null").empty();
+  return hash + (dirty ? "+" : "");
+}
+
+std::string processor() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    const std::size_t colon = line.find(": ");
+    if (line.starts_with("model name") && colon != std::string::npos) {
+      return line.substr(colon + 2);
+    }
+  }
+  return "unknown processor";
+}
+
+double milliseconds(double seconds) { return std::round(seconds * 1e7) / 1e4; }
+
+}  // namespace
+
+double now_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+Timing& Timing::operator+=(const Timing& other) {
+  median += other.median;
+  low += other.low;
+  high += other.high;
+  return *this;
+}
+
+Timing Timing::operator*(double factor) const {
+  return {median * factor, low * factor, high * factor};
+}
+
+Timing summarise(std::vector<double> seconds) {
+  if (seconds.empty()) return {};
+  std::sort(seconds.begin(), seconds.end());
+  const std::size_t n = seconds.size();
+  return {(seconds[(n - 1) / 2] + seconds[n / 2]) / 2, seconds[n / 4], seconds[3 * n / 4]};
+}
+
+Json result_line(std::string_view name, std::string_view backend) {
+  static const std::string device = processor();
+  static const std::string revision = commit();
+  return {{"name", name},
+          {"backend", backend},
+          {"device", device},
+          {"commit", revision},
+          {"date", fmt::format("{:%Y-%m-%d}", fmt::gmtime(std::time(nullptr)))}};
+}
+
+void add_timing(Json& line, const Timing& timing) {
+  line["ms"] = milliseconds(timing.median);
+  line["ms_low"] = milliseconds(timing.low);
+  line["ms_high"] = milliseconds(timing.high);
+}
+
+void add_peer(Json& line, std::string_view peer, const Timing& timing) {
+  line["peer"] = peer;
+  line["peer_ms"] = milliseconds(timing.median);
+  line["ratio"] = std::round(timing.median * 1e3 / line["ms"].get<double>() * 1e3) / 1e3;
+}
+
+Status append_line(const std::string& path, const Json& line) {
+  if (path.empty()) return {};
+  std::ofstream file(path, std::ios::app);
+  file << line.dump() << '\n';
+  if (file.flush()) return {};
+  return io_error(fmt::format("cannot append to {}: {}", path, std::strerror(errno)));
+}
+
+}  // namespace infllm::bench
