@@ -10,13 +10,14 @@ MEASUREMENT = {
     "shape": dict, "input": str, "ms": NUMBER, "ms_low": NUMBER, "ms_high": NUMBER,
     "tflops": NUMBER, "gbps": NUMBER, "roofline": NUMBER, "peer": str, "peer_ms": NUMBER,
     "ratio": NUMBER, "note": str, "column": str, "threads": int, "dtype": str, "model": str,
-    "visible_share": NUMBER, "steps_ms": dict,
+    "visible_share": NUMBER, "overlap": NUMBER, "steps_ms": dict,
 }
 MEASUREMENT_REQUIRED = {"name", "backend", "device", "commit", "date", "shape", "ms"}
 EVALUATION = {
     "name": str, "model": str, "task": str, "length": int, "attention": str, "correct": int,
     "total": int, "visible_share": NUMBER, "backend": str, "device": str, "driver": str,
     "commit": str, "date": str, "note": str, "column": str, "threads": int, "dtype": str,
+    "seconds": NUMBER,
 }
 EVALUATION_REQUIRED = {"name", "task", "length", "attention", "correct", "total"}
 
