@@ -35,7 +35,6 @@ struct AttendScratch {
   std::int32_t* limit;     // [rows] their visible keys of it
   float* s;                // [kGroupRows, 64] logits
   Element* p;              // [kGroupRows, 64 / per] weights
-  float* factor;           // [kGroupRows]
   std::uint64_t* chosen;   // [N] bit i: token i of the tile chose the block
 
   template <class Taker>
@@ -48,7 +47,6 @@ struct AttendScratch {
     taker(limit, rows);
     taker(s, std::int64_t{kGroupRows} * kPageTokens);
     taker(p, std::int64_t{kGroupRows} * kPageTokens / Num::kPer);
-    taker(factor, std::int64_t{kGroupRows} + kLanes);
     taker(chosen, blocks);
   }
 };
@@ -106,16 +104,21 @@ class Attender {
     const std::uint64_t all = ~std::uint64_t{0} >> (64 - tile.tokens);
     int n = list_rows(all, w);
     std::uint64_t listed = all;
-    for (std::int64_t block = 0; block <= own; ++block) {
+    const auto following = [&](std::int64_t block) {
+      for (++block; sparse && block <= own && w.chosen[block] == 0;) ++block;
+      return block;
+    };
+    for (std::int64_t block = following(-1); block <= own;) {
+      const std::int64_t next = following(block);
       const std::uint64_t wanted = sparse ? w.chosen[block] : all;
-      if (wanted == 0) continue;
       if (wanted != listed) n = list_rows(wanted, w);
       listed = wanted;
       if (block == own) {
         const int first = static_cast<int>(tile.first % kPageTokens);
         for (int i = 0; i < n; ++i) w.limit[i] = first + w.row[i] / plan_.group + 1;
       }
-      visit(sequence, head, block, n, block == own, w);
+      visit(sequence, head, {.block = block, .next = next <= own ? next : -1}, n, block == own, w);
+      block = next;
     }
     for (int token = 0; token < tile.tokens; ++token) {
       for (int h = 0; h < plan_.group; ++h) {
@@ -141,7 +144,8 @@ class Attender {
     const int n = list_rows(1, w);
     std::fill(w.limit, w.limit + n, static_cast<int>(position % kPageTokens) + 1);
     for (std::int64_t i = split * per_split; i < last; ++i) {
-      visit(sequence, head, list[i], n, list[i] == position / kPageTokens, w);
+      visit(sequence, head, {.block = list[i], .next = i + 1 < last ? list[i + 1] : -1}, n,
+            list[i] == position / kPageTokens, w);
     }
     for (int h = 0; h < plan_.group; ++h, partial += plan_.head_dim + 2) {
       partial[0] = w.softmax.m[h];
@@ -228,12 +232,28 @@ class Attender {
     return n;
   }
 
-  // The rows w.row[0 .. n) attend to one block.
-  void visit(const Sequence& sequence, std::int64_t head, std::int64_t block, int n, bool masked,
+  struct Visit {
+    std::int64_t block;
+    std::int64_t next;  // the block after it, -1 at the end
+  };
+
+  // The rows w.row[0 .. n) attend to one block. Meanwhile the next block's tiles come closer: a row
+  // group of one token is done with a tile sooner than memory delivers the next one.
+  void visit(const Sequence& sequence, std::int64_t head, Visit at, int n, bool masked,
              const AttendScratch<Num>& w) const {
-    const auto* keys = sequence.plane<const Element>(block, map_.key(head));
-    const auto* values = sequence.plane<const Element>(block, map_.value(head));
     const std::int64_t dim = plan_.head_dim;
+    const std::int64_t plane = kPageTokens * dim / Num::kPer;
+    const auto* keys = sequence.plane<const Element>(at.block, map_.key(head));
+    const auto* values = sequence.plane<const Element>(at.block, map_.value(head));
+    Upcoming next_keys;
+    Upcoming next_values;
+    if (at.next >= 0) {
+      const auto bytes = plane * static_cast<std::int64_t>(sizeof(Element));
+      next_keys.from = sequence.plane<const std::byte>(at.next, map_.key(head));
+      next_keys.end = next_keys.from + bytes;
+      next_values.from = sequence.plane<const std::byte>(at.next, map_.value(head));
+      next_values.end = next_values.from + bytes;
+    }
     for (int first = 0; first < n; first += kGroupRows) {
       const int count = std::min(kGroupRows, n - first);
       const std::int32_t* row = w.row + first;
@@ -242,16 +262,18 @@ class Attender {
         product.a[i] = w.q + row[i] * (dim / Num::kPer);
         product.c[i] = w.s + i * kPageTokens;
       }
-      product.template run<false>(count, keys, kPageTokens, kPageTokens, dim / Num::kPer, nullptr);
+      product.template run<false>(count, keys, kPageTokens, kPageTokens, dim / Num::kPer,
+                                  first == 0 ? next_keys : Upcoming{});
       if (masked) {
         for (int i = 0; i < count; ++i) mask_after(w.s + i * kPageTokens, w.limit[first + i]);
       }
-      update_softmax(w.softmax, count, row, w.s, c_, w.factor, w.p);
+      update_softmax<Num>(w.softmax, count, row, w.s, c_, w.p, w.o, dim);
       for (int i = 0; i < count; ++i) {
         product.a[i] = w.p + i * (kPageTokens / Num::kPer);
         product.c[i] = w.o + row[i] * dim;
       }
-      product.template run<true>(count, values, dim, dim, kPageTokens / Num::kPer, w.factor);
+      product.template run<true>(count, values, dim, dim, kPageTokens / Num::kPer,
+                                 first == 0 ? next_values : Upcoming{});
     }
   }
 

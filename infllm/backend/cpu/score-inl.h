@@ -11,6 +11,8 @@
 // sums then go through memory to a last pass that takes the maxima.
 #pragma once
 
+#include <cstring>
+
 #include "infllm/backend/cpu/page.h"
 #include "infllm/backend/cpu/softmax-inl.h"
 #include "infllm/ops/kernels.h"
@@ -48,7 +50,6 @@ struct ScoreScratch {
   RunningSoftmax softmax;  // [rows]
   std::int32_t* row;       // [rows] 0, 1, 2, ...
   float* s;                // [max(kGroupRows, group), 64]
-  float* factor;           // [kGroupRows]
 
   template <class Taker>
   void take(Taker&& taker, const ScorePlan& plan) {
@@ -58,7 +59,6 @@ struct ScoreScratch {
     taker(softmax.l, plan.rows * kLanes);
     taker(row, plan.rows);
     taker(s, std::max<std::int64_t>(kGroupRows, plan.group) * kPageTokens);
-    taker(factor, std::int64_t{kGroupRows} + kLanes);
   }
 };
 
@@ -198,8 +198,9 @@ class Scorer {
     return static_cast<float*>(p_.scores) + (head * p_.batch.num_tokens + token) * plan_.blocks;
   }
 
-  // +inf in forced blocks (or in all causal ones), -inf after the own one and where no window
-  // exists; 0 elsewhere, which every visible window can only raise.
+  // +inf in forced blocks (or in all causal ones) and -inf after the own one. A free block lies
+  // before the own one, so some window overlaps it unless the sequence has none: 0, which every
+  // visible window can only raise.
   void start_row(const Sequence& sequence, std::int64_t head, std::int64_t position) const {
     constexpr float kInf = std::numeric_limits<float>::infinity();
     float* row = score_row(sequence, head, position);
@@ -207,37 +208,58 @@ class Scorer {
     const std::int64_t first_local =
         p_.config.selects_all_at(position) ? 0 : p_.config.first_local_block(position);
     const std::int64_t sink = std::min<std::int64_t>(p_.config.init_blocks, first_local);
-    const std::int64_t windows = p_.config.fine_windows(sequence.length);
+    const bool any = p_.config.fine_windows(sequence.length) > 0;
     std::fill(row, row + sink, kInf);
-    for (std::int64_t b = sink; b < first_local; ++b) {
-      const bool any = std::max<std::int64_t>(0, p_.config.first_window_of(b)) < windows;
-      row[b] = any ? 0.0f : -kInf;
-    }
+    std::fill(row + sink, row + first_local, any ? 0.0f : -kInf);
     std::fill(row + first_local, row + own + 1, kInf);
     std::fill(row + own + 1, row + plan_.blocks, -kInf);
   }
 
-  // Raises the row's blocks to the group sums of `count` windows from `window` on.
+  // Raises the row's free blocks to the group sums of `count` windows from `window` (a multiple of
+  // 64) on: a window counts for the block it begins in and for those it reaches into.
   void pool(const Sequence& sequence, std::int64_t head, std::int64_t position, std::int64_t window,
             int count, const float* sums) const {
-    float* row = score_row(sequence, head, position);
+    const F32 d;
     const std::int64_t stride = p_.config.kernel_stride;
+    const std::int64_t size = p_.config.kernel_size;
     const std::int64_t free_blocks = p_.config.first_local_block(position);
-    for (int i = 0; i < count; ++i) {
+    float* row = score_row(sequence, head, position);
+    int i = 0;
+    if (stride * 4 == kPageTokens && size == 2 * stride) {  // the released windows, five a block
+      for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        const std::int64_t block = (window + i) / 4;
+        if (block + kLanes >= free_blocks) break;
+        VF32 w0, w1, w2, w3;
+        hn::LoadInterleaved4(d, sums + i, w0, w1, w2, w3);
+        const VF32 best = hn::Max(hn::Max(w0, w1), hn::Max(w2, w3));
+        hn::StoreU(hn::Max(hn::LoadU(d, row + block), best), d, row + block);
+        hn::StoreU(hn::Max(hn::LoadU(d, row + block + 1), w3), d, row + block + 1);
+      }
+    }
+    for (; i < count; ++i) {
       const std::int64_t first = (window + i) * stride / kPageTokens;
-      const std::int64_t last = ((window + i) * stride + p_.config.kernel_size - 1) / kPageTokens;
+      const std::int64_t last = ((window + i) * stride + size - 1) / kPageTokens;
       for (std::int64_t b = first; b <= std::min(last, free_blocks - 1); ++b) {
         row[b] = std::max(row[b], sums[i]);
       }
     }
   }
 
-  // Rounding is monotone, so it may follow the maximum.
+  // Rounding is monotone, so it may follow the maximum. Scores are 0 or more, or infinite.
   void finish_row(const Sequence& sequence, std::int64_t head, std::int64_t position) const {
     if (p_.config.score_rounding != ScoreRounding::kBF16) return;
+    const F32 d;
+    const U32 du;
     float* row = score_row(sequence, head, position);
     const std::int64_t free_blocks = p_.config.first_local_block(position);
-    for (std::int64_t b = 0; b < free_blocks; ++b) row[b] = static_cast<float>(BF16(row[b]));
+    std::int64_t b = 0;
+    for (; b + kLanes <= free_blocks; b += kLanes) {
+      const VU32 bits = hn::BitCast(du, hn::LoadU(d, row + b));
+      const VU32 tie = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+      const VU32 up = hn::Add(hn::Add(bits, hn::Set(du, 0x7fff)), tie);
+      hn::StoreU(hn::BitCast(d, hn::And(up, hn::Set(du, 0xffff0000u))), d, row + b);
+    }
+    for (; b < free_blocks; ++b) row[b] = static_cast<float>(BF16(row[b]));
   }
 
   void load_rows(const Sequence& sequence, std::int64_t head, const TokenTile& tile,
@@ -262,8 +284,17 @@ class Scorer {
       const auto* from = sequence.plane<const Element>(window / keys.rows, keys.offset);
       const std::int64_t slot = window % keys.rows;
       const int run = static_cast<int>(std::min<std::int64_t>(keys.rows - slot, count - i));
-      for (std::int64_t k = 0; k < plan_.head_dim / Num::kPer; ++k) {
-        for (int j = 0; j < run; ++j) to[k * kPageTokens + i + j] = from[k * keys.rows + slot + j];
+      const std::int64_t steps = plan_.head_dim / Num::kPer;
+      if (run == 4) {  // the released windows: a page's four at once
+        for (std::int64_t k = 0; k < steps; ++k) {
+          std::memcpy(to + k * kPageTokens + i, from + k * keys.rows + slot, 4 * sizeof(Element));
+        }
+      } else {
+        for (std::int64_t k = 0; k < steps; ++k) {
+          for (int j = 0; j < run; ++j) {
+            to[k * kPageTokens + i + j] = from[k * keys.rows + slot + j];
+          }
+        }
       }
       i += run;
     }
@@ -279,7 +310,7 @@ class Scorer {
         product.a[i] = w.q + (first + done + i) * steps;
         product.c[i] = w.s + (done + i) * kPageTokens;
       }
-      product.template run<false>(n, w.pooled, kPageTokens, kPageTokens, steps, nullptr);
+      product.template run<false>(n, w.pooled, kPageTokens, kPageTokens, steps);
     }
   }
 
@@ -301,7 +332,7 @@ class Scorer {
                        static_cast<int>(std::clamp<std::int64_t>(seen, 0, kPageTokens)));
           }
         }
-        update_softmax<Element>(w.softmax, n, w.row + row, w.s, c_, w.factor, nullptr);
+        update_softmax<Num>(w.softmax, n, w.row + row, w.s, c_, nullptr, nullptr, 0);
       }
     }
   }

@@ -2,7 +2,7 @@
 //
 // The running soft-max of a row over tiles of 64 logits s, in base 2 with c = scale log2(e):
 //
-//   m' = max(m, c max s)   w = 2^(m - m')   P = 2^(c s - m')   l' = w l + sum P   o' = w o + P V
+//   m' = max(m, c max s)    w = 2^(m - m')   P = 2^(c s - m')   l' = w l + sum P   o' = w o + P V
 //
 // l is kept as one vector of partial sums a row and added up once at the end; m starts at a large
 // negative number instead of -inf, so that no difference is undefined.
@@ -39,34 +39,46 @@ HWY_INLINE void mask_after(float* s, int limit) {
   std::fill(s + limit, s + kPageTokens, -std::numeric_limits<float>::infinity());
 }
 
-// Takes one tile of logits s [n, 64] into the rows first, first + 1, ... or row[0], row[1], ...;
-// writes w to factor (room for a multiple of kLanes) and, if p is not null, P as elements [n, 64].
-template <class Element>
-void update_softmax(const RunningSoftmax& state, int n, const std::int32_t* row, const float* s,
-                    float c, float* factor, Element* p) {
+// A tile holds a logit that is larger than m: raises m to its maximum and rescales l and, if it is
+// not null, o [dim]. Rare after the first tiles, so it is a branch instead of a factor for every row
+// and tile. (A maximum that may lag, by a factor of 2^8 say, would be rarer still, but then the
+// heaviest weight is no longer exactly 1 and its rounding to bf16 triples the error of peaked rows.)
+inline void raise_maximum(const RunningSoftmax& state, std::int64_t row, float maximum, float* o,
+                          std::int64_t dim) {
   const F32 d;
-  constexpr int kPer = sizeof(Element) == 4 && std::is_same_v<Element, float> ? 1 : 2;
+  const VF32 factor = exp2(hn::Set(d, state.m[row] - maximum));
+  state.m[row] = maximum;
+  float* l = state.l + row * kLanes;
+  hn::StoreU(hn::Mul(hn::LoadU(d, l), factor), d, l);
+  for (std::int64_t i = 0; o != nullptr && i < dim; i += kLanes) {
+    hn::StoreU(hn::Mul(hn::LoadU(d, o + i), factor), d, o + i);
+  }
+}
+
+// Takes one tile of logits s [n, 64] into the rows row[0], row[1], ... Writes the weights as
+// elements [n, 64] to p and rescales o [rows, dim]; both may be null together.
+template <class Num>
+void update_softmax(const RunningSoftmax& state, int n, const std::int32_t* row, const float* s,
+                    float c, typename Num::Element* p, float* o, std::int64_t dim) {
+  const F32 d;
   const VF32 vc = hn::Set(d, c);
   for (int i = 0; i < n; ++i) {
     const float* x = s + i * kPageTokens;
     VF32 top = hn::LoadU(d, x);
     for (int j = kLanes; j < kPageTokens; j += kLanes) top = hn::Max(top, hn::LoadU(d, x + j));
-    const float old = state.m[row[i]];
-    const float now = std::max(old, c * hn::GetLane(hn::MaxOfLanes(d, top)));
-    factor[i] = old - now;
-    state.m[row[i]] = now;
-  }
-  for (int i = 0; i < n; i += kLanes) hn::StoreU(exp2(hn::LoadU(d, factor + i)), d, factor + i);
-  for (int i = 0; i < n; ++i) {
-    const float* x = s + i * kPageTokens;
+    top = hn::Mul(top, vc);
+    if (!hn::AllFalse(d, hn::Gt(top, hn::Set(d, state.m[row[i]])))) {
+      raise_maximum(state, row[i], hn::GetLane(hn::MaxOfLanes(d, top)),
+                    o == nullptr ? nullptr : o + row[i] * dim, dim);
+    }
     const VF32 m = hn::Set(d, state.m[row[i]]);
-    float* l = state.l + row[i] * kLanes;
-    VF32 sum = hn::Mul(hn::LoadU(d, l), hn::Set(d, factor[i]));
+    float* l = state.l + std::int64_t{row[i]} * kLanes;
+    VF32 sum = hn::LoadU(d, l);
     for (int j = 0; j < kPageTokens; j += 2 * kLanes) {
       const VF32 low = exp2(hn::MulSub(hn::LoadU(d, x + j), vc, m));
       const VF32 high = exp2(hn::MulSub(hn::LoadU(d, x + j + kLanes), vc, m));
       sum = hn::Add(sum, hn::Add(low, high));
-      if (p != nullptr) store_elements(low, high, p + (i * kPageTokens + j) / kPer);
+      if (p != nullptr) store_elements(low, high, p + (i * kPageTokens + j) / Num::kPer);
     }
     hn::StoreU(sum, d, l);
   }

@@ -8,6 +8,8 @@
 // step of k is 24 dot products on 4 + 6 loads, which the load ports hide.
 #pragma once
 
+#include <hwy/cache_control.h>
+
 #include <bit>
 
 #include "infllm/backend/cpu/dot-inl.h"
@@ -28,6 +30,10 @@ inline constexpr int kMicroVectors = 4;
 #endif
 
 inline constexpr int kLanes = static_cast<int>(HWY_LANES(float));
+
+// What a step of a product may fetch of the next tile: two cache lines. Sixteen rows, the least
+// that a decode step of a group of 16 has, then cover a whole tile.
+inline constexpr std::int64_t kAheadBytes = 128;
 
 // Cached values of type bf16: pairs.
 struct Pairs {
@@ -107,27 +113,27 @@ HWY_INLINE void to_elements(const float* from, std::int64_t count, typename Num:
   for (; i < count; i += Num::kPer) to[i / Num::kPer] = Num::make(from + i, 1);
 }
 
-// C (+)= A B for kRows rows and kVectors vectors of columns. With kAdd, C is scaled by factor
-// first.
-template <class Num, int kRows, int kVectors, bool kAdd>
+// C = A B, or C += A B, for kRows rows and kVectors vectors of columns. With kAhead, every step
+// also fetches two cache lines from `ahead` on.
+template <class Num, int kRows, int kVectors, bool kAdd, bool kAhead>
 HWY_INLINE void micro_product(const typename Num::Element* const* a, const typename Num::Element* b,
                               std::int64_t stride, std::int64_t steps, float* const* c,
-                              std::int64_t column, const float* factor) {
+                              std::int64_t column, const std::byte* ahead) {
   const F32 d;
   VF32 acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kAdd) {
-        acc[r][v] = hn::Mul(hn::LoadU(d, c[r] + column + v * kLanes), hn::Set(d, factor[r]));
-      } else {
-        acc[r][v] = hn::Zero(d);
-      }
+      acc[r][v] = kAdd ? hn::LoadU(d, c[r] + column + v * kLanes) : hn::Zero(d);
     }
   }
   const typename Num::Element* row = b + column;
   for (std::int64_t k = 0; k < steps; ++k, row += stride) {
+    if constexpr (kAhead) {
+      hwy::Prefetch(ahead + k * kAheadBytes);
+      hwy::Prefetch(ahead + k * kAheadBytes + kAheadBytes / 2);
+    }
     typename Num::Vector tile[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) tile[v] = Num::load(row + v * kLanes);
@@ -145,16 +151,22 @@ HWY_INLINE void micro_product(const typename Num::Element* const* a, const typen
   }
 }
 
-template <class Num, int kVectors, bool kAdd, int kRows = kMicroRows>
+template <class Num, int kVectors, bool kAdd, bool kAhead, int kRows = kMicroRows>
 void micro_rows(int rows, const typename Num::Element* const* a, const typename Num::Element* b,
                 std::int64_t stride, std::int64_t steps, float* const* c, std::int64_t column,
-                const float* factor) {
+                const std::byte* ahead) {
   if (rows == kRows) {
-    micro_product<Num, kRows, kVectors, kAdd>(a, b, stride, steps, c, column, factor);
+    micro_product<Num, kRows, kVectors, kAdd, kAhead>(a, b, stride, steps, c, column, ahead);
   } else if constexpr (kRows > 1) {
-    micro_rows<Num, kVectors, kAdd, kRows - 1>(rows, a, b, stride, steps, c, column, factor);
+    micro_rows<Num, kVectors, kAdd, kAhead, kRows - 1>(rows, a, b, stride, steps, c, column, ahead);
   }
 }
+
+// Memory that will be needed soon.
+struct Upcoming {
+  const std::byte* from = nullptr;
+  const std::byte* end = nullptr;
+};
 
 // One product of a group of rows. A row's arithmetic does not depend on the other rows of its
 // group, so tiles and groups may be cut in any way without changing a bit of the result.
@@ -164,10 +176,11 @@ struct Product {
   const Element* a[kGroupRows];
   float* c[kGroupRows];
 
-  // B is [steps][stride], of which `columns` (a multiple of 16) are used.
+  // B is [steps][stride], of which `columns` (a multiple of 16) are used. Fetches `ahead` on the
+  // way, as far as the steps go round.
   template <bool kAdd>
   void run(int rows, const Element* b, std::int64_t stride, std::int64_t columns,
-           std::int64_t steps, const float* factor) const {
+           std::int64_t steps, Upcoming ahead = {}) const {
     // As even as possible: 16 rows are 6 + 5 + 5.
     const int pieces = (rows + kMicroRows - 1) / kMicroRows;
     for (std::int64_t column = 0; column < columns;) {
@@ -175,12 +188,16 @@ struct Product {
       for (int piece = 0; piece < pieces; ++piece) {
         const int first = rows * piece / pieces;
         const int count = rows * (piece + 1) / pieces - first;
-        const float* scale = kAdd ? factor + first : nullptr;
-        if (wide) {
-          micro_rows<Num, kMicroVectors, kAdd>(count, a + first, b, stride, steps, c + first,
-                                               column, scale);
+        if (!wide) {
+          micro_rows<Num, 1, kAdd, false>(count, a + first, b, stride, steps, c + first, column,
+                                          nullptr);
+        } else if (ahead.end - ahead.from >= steps * kAheadBytes) {
+          micro_rows<Num, kMicroVectors, kAdd, true>(count, a + first, b, stride, steps, c + first,
+                                                     column, ahead.from);
+          ahead.from += steps * kAheadBytes;
         } else {
-          micro_rows<Num, 1, kAdd>(count, a + first, b, stride, steps, c + first, column, scale);
+          micro_rows<Num, kMicroVectors, kAdd, false>(count, a + first, b, stride, steps, c + first,
+                                                      column, nullptr);
         }
       }
       column += (wide ? kMicroVectors : 1) * kLanes;
