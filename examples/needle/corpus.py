@@ -43,9 +43,13 @@ SOURCES = {
     "heldout": (
         Source("sqlite3-doc", "public domain",
                ("usr/share/doc/sqlite3/*.html", "usr/share/doc/sqlite3/c3ref/*.html")),
-        Source("dict-devil", "public domain", ("usr/share/dictd/devil.dict.dz",)),
     ),
 }
+
+# document.txt: pages of prose from the held-out package, in reading order.
+DOCUMENT = Source("sqlite3-doc", "public domain", tuple(
+    f"usr/share/doc/sqlite3/{page}.html"
+    for page in ("aff_short", "whentouse", "testing", "atomiccommit")))
 
 BLOCKS = frozenset("p div br li ul ol dl dt dd tr table h1 h2 h3 h4 h5 h6 pre section title".split())
 HIDDEN = frozenset("script style head nav footer noscript svg".split())
@@ -95,7 +99,7 @@ def read_package(root: pathlib.Path, source: Source) -> str:
             if path.is_symlink() or "genindex" in path.name:
                 continue
             raw = path.read_bytes()
-            if path.suffix in (".gz", ".dz"):
+            if path.suffix == ".gz":
                 raw = gzip.decompress(raw)
             lines = plain(raw, ".html" in path.name).split("\n")
             # Menus and headers repeat on every page; a long line seen before is one of them.
@@ -105,6 +109,13 @@ def read_package(root: pathlib.Path, source: Source) -> str:
     if not pages:
         raise SystemExit(f"{source.package}: no file matches {source.globs}; has the package changed?")
     return "\n".join(pages) + "\n"
+
+
+def read_document(root: pathlib.Path) -> str:
+    """The pages of DOCUMENT without the lines that stand on every page, which are menus."""
+    pages = [plain((root / page).read_bytes(), is_html=True).split("\n") for page in DOCUMENT.globs]
+    menu = set.intersection(*map(set, pages))
+    return "".join(line + "\n" for page in pages for line in page if line not in menu)
 
 
 def units(text: str) -> list:
@@ -140,8 +151,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(".train/text"))
     parser.add_argument("--split", choices=tuple(SOURCES), action="append")
+    parser.add_argument("--document", type=pathlib.Path, help="write document.txt here, only that")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
+        if args.document:
+            root = fetch(DOCUMENT.package, pathlib.Path(scratch))
+            args.document.write_text(read_document(root), encoding="utf-8")
+            return
         for split in args.split or SOURCES:
             target = args.out / split
             target.mkdir(parents=True, exist_ok=True)

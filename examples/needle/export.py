@@ -72,7 +72,7 @@ def write(state, config, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--state", type=pathlib.Path, default=pathlib.Path(".train/run/state.pt"))
-    parser.add_argument("--recipe", default="full", choices=tuple(recipes.RECIPES))
+    parser.add_argument("--recipe", default="long", choices=tuple(recipes.RECIPES))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("models/needle-32k"))
     args = parser.parse_args()
     state = torch.load(args.state, map_location="cpu", weights_only=True)["model"]

@@ -28,6 +28,7 @@ TASKS = ("single", "multi_key", "multi_value", "last_update")
 ORDINALS = ("first", "second", "third")
 ATTRIBUTES = ("pass code", "serial number", "room number", "phone number")
 MAX_REVISIONS = 5
+LEAST_FILLER = 100  # tokens of real text in the shortest document
 
 FIRST_WORDS = (
     "amber ancient azure bitter black blue bold brave bright broad bronze calm clever cold copper "
@@ -176,14 +177,14 @@ def plan_document(rng, unit_tokens, line_start, facts, budget, count) -> Plan:
     """
     texts = [("\n" if rng.random() < 0.5 else " ") + f.text for f in facts]
     room = budget - sum(count(t) for t in texts)
-    if room < 1 or room > unit_tokens[-1]:
+    if room < LEAST_FILLER or room > unit_tokens[-1]:
         raise ValueError(f"plan_document: {room} tokens of filler wanted; the text has "
                          f"{unit_tokens[-1]}, the budget is {budget} with {len(facts)} facts")
     last_start = int(np.searchsorted(unit_tokens, unit_tokens[-1] - room, side="right")) - 1
-    start = int(line_start[rng.integers(0, last_start + 1)])
-    stop = int(np.searchsorted(unit_tokens, unit_tokens[start] + room, side="right")) - 1
-    if stop == start:
-        raise ValueError(f"plan_document: the first unit has more than {room} tokens")
+    start = stop = 0
+    while stop == start:  # a first unit longer than the room: draw again
+        start = int(line_start[rng.integers(0, last_start + 1)])
+        stop = int(np.searchsorted(unit_tokens, unit_tokens[start] + room, side="right")) - 1
     # Units are uneven, so draw places by token position: every part of the document is as likely.
     spots = unit_tokens[start] + rng.random(len(facts)) * (unit_tokens[stop] - unit_tokens[start])
     places = np.clip(np.searchsorted(unit_tokens, spots), start + 1, stop)

@@ -27,7 +27,7 @@ class Config:
     intermediate_size: int = 704
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
-    num_key_value_heads: int = 1
+    num_key_value_heads: int = 2
     max_position_embeddings: int = 40960
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6

@@ -23,6 +23,7 @@ class Stage:
     buckets: tuple
     spread: float = 0.0  # share of samples whose RoPE positions have gaps
     align_rows: int = 512  # last rows on which selection is taught; 0: not at all
+    align_layers: int = 6  # how many layers, drawn at random, are taught in one step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,8 @@ SMOKE = Recipe(
 
 PROBE = Recipe(  # how fast is a step, and which variant learns faster
     stages=(
-        Stage(1500, (Bucket(512, 64),), align_rows=0),
-        Stage(500, (Bucket(2048, 16),), spread=0.5),
+        Stage(1200, (Bucket(512, 64),), align_rows=0),
+        Stage(800, (Bucket(2048, 16),), spread=0.5),
         Stage(10_000, (Bucket(4096, 8, sparse=0.5),), spread=0.5),
     ),
     decay=0.01,
@@ -80,16 +81,20 @@ TIMING = Recipe(
             Stage(40, (Bucket(40960, 1, 1, 0.5),), align_rows=1024)),
 )
 
-FULL = Recipe(
+LONG = Recipe(  # from the weights of PROBE
     stages=(
-        Stage(2000, (Bucket(512, 64),), align_rows=0),
-        Stage(1500, (Bucket(2048, 16),), spread=0.5),
-        Stage(1500, (Bucket(4096, 8, sparse=0.5),), spread=0.5),
-        Stage(2000, (Bucket(16384, 2, sparse=0.5),), spread=0.3),
-        Stage(2000, (Bucket(40960, 1, sparse=0.5),), align_rows=1024),
-        Stage(2000, (Bucket(4096, 8, 0.2, 0.5), Bucket(8192, 4, 0.2, 0.5), Bucket(16384, 2, 0.25, 0.5),
-                     Bucket(32768, 1, 0.2, 0.5), Bucket(40960, 1, 0.15, 0.5)), align_rows=1024),
+        Stage(1000, (Bucket(4096, 12, sparse=0.25),), spread=0.5, align_layers=3),
+        Stage(1600, (Bucket(8192, 6, 0.4), Bucket(16384, 3, 0.6, 0.3)), spread=0.3,
+              align_rows=1024, align_layers=3),
+        Stage(1500, (Bucket(16384, 3, 0.3, 0.3), Bucket(32768, 1, 0.4, 0.3), Bucket(40960, 1, 0.3)),
+              align_rows=1024, align_layers=3),
+        Stage(1400, (Bucket(4096, 12, 0.15, 0.3), Bucket(8192, 6, 0.15), Bucket(16384, 3, 0.2, 0.3),
+                     Bucket(32768, 1, 0.3, 0.3), Bucket(40960, 1, 0.2)),
+              align_rows=1024, align_layers=3),
     ),
+    muon_rate=0.015,
+    warmup=50,
+    decay=0.35,
 )
 
-RECIPES = {"full": FULL, "probe": PROBE, "timing": TIMING, "smoke": SMOKE}
+RECIPES = {"long": LONG, "probe": PROBE, "timing": TIMING, "smoke": SMOKE}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token-level documents and conversations: filler is tokenised once, facts as they are drawn.
 
-    python3 examples/needle/samples.py     # .train/text -> .train/data/{train,heldout}.npz
+    python3 examples/needle/samples.py     # .train/text/train -> .train/data/train.npz
 
 Pieces of this tokenizer never reach across a space or a line break, so a document's ids are its
 parts' ids joined. A conversation is rendered as the chat template would, answers included:
@@ -192,11 +192,10 @@ def main():
     args = parser.parse_args()
     codec = Codec(args.tokenizer)
     args.out.mkdir(parents=True, exist_ok=True)
-    for split in corpus.SOURCES:
-        texts = [p.read_text(encoding="utf-8") for p in sorted((args.text / split).glob("*.txt"))]
-        hay, _ = Hay.build(texts, codec)
-        hay.save(args.out / f"{split}.npz")
-        print(f"{split}: {len(hay.tokens) / 1e6:.2f} M tokens in {len(hay.line_start)} units")
+    texts = [p.read_text(encoding="utf-8") for p in sorted((args.text / "train").glob("*.txt"))]
+    hay, _ = Hay.build(texts, codec)
+    hay.save(args.out / "train.npz")
+    print(f"{len(hay.tokens) / 1e6:.2f} M tokens in {len(hay.line_start)} units")
 
 
 if __name__ == "__main__":

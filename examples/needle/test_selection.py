@@ -95,3 +95,35 @@ def test_alignment_is_least_where_scores_follow_the_mass():
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
     assert bool(selection.select(q, k.detach(), positions, config)[0, 0, :, 5].all())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_flex_mask_is_the_token_mask(kv_heads):
+    """The tiles and the mask function given to FlexAttention leave exactly the chosen tokens."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    import model
+    import train
+
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, h, 1024, 16) for h in (4, kv_heads, kv_heads))
+    positions = torch.arange(1024)
+    chosen = selection.select(q, k, positions, CONFIG)
+    mask = train.flex_mask(chosen, 4, CONFIG)
+    got = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    want = model.masked_attention(q, k, v, model.token_mask(chosen, positions, 1024, 64))
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    assert bool((mask.kv_num_blocks <= torch.arange(1, 9)).all())  # no tile of the future
+
+
+def test_shared_rows_choose_as_their_first():
+    import train
+
+    torch.manual_seed(4)
+    q, k = torch.randn(1, 4, 1536, 16), torch.randn(1, 2, 1536, 16)
+    attend = train.Attend(type("Config", (), {"sparse": CONFIG}), 1536, q.device, True, 9, 0, (), None)
+    exact = selection.select(q, k, torch.arange(1536), CONFIG, 9)
+    got = attend.choose_blocks(q, k)
+    shared = torch.arange(512) // train.SHARED * train.SHARED
+    assert torch.equal(got[:, :, 512:], exact[:, :, 512:])
+    assert torch.equal(got[:, :, :512], exact[:, :, shared])

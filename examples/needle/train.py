@@ -21,6 +21,7 @@ import pathlib
 import time
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,17 +35,20 @@ import selection
 
 REST_WEIGHT = 0.3
 FLEX_BLOCK = 128
+LAST_ROWS, SHARED = 1024, 8
 
 
 def choose(recipe, seed, step):
-    """What all ranks do in this step: stage, length, batch, sparse or dense, block budget."""
+    """What all ranks do in this step: stage, bucket, sparse or dense, block budget, taught layers."""
     rng = np.random.default_rng([seed, step])
     stage = recipe.stage(step)
     shares = np.array([b.share for b in stage.buckets])
     bucket = stage.buckets[rng.choice(len(shares), p=shares / shares.sum())]
     sparse = bool(rng.random() < bucket.sparse)
     low, high = recipe.budgets
-    return stage, bucket, sparse, int(rng.integers(low, high + 1))
+    budget = int(rng.integers(low, high + 1))
+    layers = rng.permutation(recipe.config.num_hidden_layers)[: stage.align_layers].tolist()
+    return stage, bucket, sparse, budget, layers
 
 
 class Steps(torch.utils.data.IterableDataset):
@@ -59,27 +63,28 @@ class Steps(torch.utils.data.IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         codec = samples.Codec(self.tokenizer)
         for step in range(self.first + worker, self.recipe.steps, workers):
-            stage, bucket, sparse, budget = choose(self.recipe, self.seed, step)
+            stage, bucket, *_ = choose(self.recipe, self.seed, step)
             rng = np.random.default_rng([self.seed, self.rank + 1, step])
             made = [samples.conversation(rng, self.hay, codec, bucket.length, stage.spread,
                                          self.recipe.longest) for _ in range(bucket.batch)]
             tokens, kinds, positions = (torch.from_numpy(np.stack(x)) for x in zip(*made))
-            yield step, tokens, kinds, positions, sparse, budget
+            yield step, tokens, kinds, positions
 
 
 class Attend:
-    """Attention of one training step; gathers the alignment loss of every layer."""
+    """Attention of one training step; gathers the alignment loss of the layers taught in it."""
 
-    def __init__(self, config, length, device, sparse, budget, align_rows, flex):
+    def __init__(self, config, length, device, sparse, budget, align_rows, align_layers, flex):
         self.config, self.sparse, self.budget, self.flex = config, sparse, budget, flex
         self.positions = torch.arange(length, device=device)
-        self.align_rows, self.losses = min(align_rows, length), []
+        self.align_rows, self.align_layers, self.losses = align_rows, align_layers, []
 
     def __call__(self, layer):
-        return self.run
+        taught = self.align_rows and layer in self.align_layers
+        return lambda q, k, v: self.run(q, k, v, taught)
 
-    def run(self, q, k, v):
-        if self.align_rows:
+    def run(self, q, k, v, taught):
+        if taught:
             rows = slice(-self.align_rows, None)
             with torch.autocast(q.device.type, enabled=False):
                 self.losses.append(selection.alignment_loss(
@@ -87,13 +92,24 @@ class Attend:
         if not self.sparse:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         with torch.autocast(q.device.type, enabled=False):
-            chosen = selection.select(q, k, self.positions, self.config.sparse, self.budget)
+            chosen = self.choose_blocks(q, k)
         if self.flex is None:
             mask = model_lib.token_mask(chosen, self.positions, k.shape[2],
                                         self.config.sparse.block_size)
             return model_lib.masked_attention(q, k, v, mask)
         return self.flex(q, k, v, block_mask=flex_mask(chosen, q.shape[1], self.config.sparse),
                          enable_gqa=True)
+
+    def choose_blocks(self, q, k):
+        """The last rows (questions, answers) choose one by one; before them SHARED rows choose as
+        the first of them does, which makes selection SHARED times cheaper. Training only."""
+        cut = max(0, q.shape[2] - LAST_ROWS)
+        choose = lambda rows: selection.select(q[:, :, rows], k, self.positions[rows],
+                                               self.config.sparse, self.budget)
+        last = choose(slice(cut, None))
+        if not cut:
+            return last
+        return torch.cat([choose(slice(0, cut, SHARED)).repeat_interleave(SHARED, 2), last], 2)
 
 
 def flex_mask(chosen, heads, config):
@@ -104,7 +120,7 @@ def flex_mask(chosen, heads, config):
     tiles = tiles.any(-1).any(3)
     if hk > 1:
         tiles = tiles.repeat_interleave(group, 1)
-    order = tiles.int().argsort(-1, descending=True, stable=True).int()
+    order = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
     block_size = config.block_size
 
     def visible(b, h, q, k):
@@ -150,13 +166,14 @@ def save_state(path, net, optimizers, step):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--recipe", default="full", choices=tuple(recipes.RECIPES))
+    parser.add_argument("--recipe", default="long", choices=tuple(recipes.RECIPES))
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path(".train/data"))
     parser.add_argument("--tokenizer", default="models/needle-32k/tokenizer.model")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(".train/run"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kv-heads", type=int, default=None)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default=None)
+    parser.add_argument("--init", help="safetensors file to start from, with new optimizer state")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--log-every", type=int, default=50)
@@ -178,6 +195,9 @@ def main():
         config = dataclasses.replace(config, num_key_value_heads=args.kv_heads)
     torch.manual_seed(args.seed)
     net = model_lib.MiniCPM4(config).to(device)
+    if args.init:
+        given = safetensors.torch.load_file(args.init)
+        net.load_state_dict({name: value.float() for name, value in given.items()})
     optimizers = optimizer_lib.build(net, args.optimizer or recipe.optimizer, recipe)
     flex = None
     if cuda:
@@ -204,7 +224,7 @@ def main():
     log = open(args.out / "log.jsonl", "a", encoding="utf-8") if rank == 0 else None
     last_save, step_began, waited, step = time.monotonic(), time.monotonic(), 0.0, first - 1
     fetch_began = time.monotonic()
-    for step, tokens, kinds, positions, sparse, budget in loader:
+    for step, tokens, kinds, positions in loader:
         waited += time.monotonic() - fetch_began
         tokens, kinds, positions = (x.to(device, non_blocking=True) for x in (tokens, kinds, positions))
         length = tokens.shape[1] - 1
@@ -212,8 +232,8 @@ def main():
         for o in optimizers:
             for group in o.param_groups:
                 group["lr"] = group["base_lr"] * rate
-        stage = recipe.stage(step)
-        attend = Attend(config, length, device, sparse, budget, stage.align_rows, flex)
+        stage, _, sparse, budget, layers = choose(recipe, args.seed, step)
+        attend = Attend(config, length, device, sparse, budget, stage.align_rows, layers, flex)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss, parts = losses(net, tokens, kinds, positions, attend)
         loss.backward()
