@@ -31,27 +31,42 @@ SOURCES = {
         Source(
             "python3.11-doc",
             "PSF-2.0",
-            tuple(f"usr/share/doc/python3.11/html/{d}/*.html"
-                  for d in ("library", "reference", "tutorial", "howto", "c-api", "faq", "whatsnew")),
+            tuple(
+                f"usr/share/doc/python3.11/html/{d}/*.html"
+                for d in ("library", "reference", "tutorial", "howto", "c-api", "faq", "whatsnew")
+            ),
         ),
         Source("apache2-doc", "Apache-2.0", ("usr/share/doc/apache2-doc/manual/en/**/*.html*",)),
         Source("cmake-doc", "BSD-3-Clause", ("usr/share/doc/cmake-data/html/[cmp]*/*.html",)),
-        Source("llvm-15-doc", "Apache-2.0 WITH LLVM-exception",
-               ("usr/share/doc/llvm-15-doc/html/*.html",)),
+        Source(
+            "llvm-15-doc",
+            "Apache-2.0 WITH LLVM-exception",
+            ("usr/share/doc/llvm-15-doc/html/*.html",),
+        ),
         Source("jargon-text", "public domain", ("usr/share/doc/jargon-text/jargon.txt.gz",)),
     ),
     "heldout": (
-        Source("sqlite3-doc", "public domain",
-               ("usr/share/doc/sqlite3/*.html", "usr/share/doc/sqlite3/c3ref/*.html")),
+        Source(
+            "sqlite3-doc",
+            "public domain",
+            ("usr/share/doc/sqlite3/*.html", "usr/share/doc/sqlite3/c3ref/*.html"),
+        ),
     ),
 }
 
 # document.txt: pages of prose from the held-out package, in reading order.
-DOCUMENT = Source("sqlite3-doc", "public domain", tuple(
-    f"usr/share/doc/sqlite3/{page}.html"
-    for page in ("aff_short", "whentouse", "testing", "atomiccommit")))
+DOCUMENT = Source(
+    "sqlite3-doc",
+    "public domain",
+    tuple(
+        f"usr/share/doc/sqlite3/{page}.html"
+        for page in ("aff_short", "whentouse", "testing", "atomiccommit")
+    ),
+)
 
-BLOCKS = frozenset("p div br li ul ol dl dt dd tr table h1 h2 h3 h4 h5 h6 pre section title".split())
+BLOCKS = frozenset(
+    "p div br li ul ol dl dt dd tr table h1 h2 h3 h4 h5 h6 pre section title".split()
+)
 HIDDEN = frozenset("script style head nav footer noscript svg".split())
 LONGEST_UNIT = 400  # characters; longer sentences are cut at a space
 
@@ -107,7 +122,9 @@ def read_package(root: pathlib.Path, source: Source) -> str:
             seen.update(fresh)
             pages.append("\n".join(fresh))
     if not pages:
-        raise SystemExit(f"{source.package}: no file matches {source.globs}; has the package changed?")
+        raise SystemExit(
+            f"{source.package}: no file matches {source.globs}; has the package changed?"
+        )
     return "\n".join(pages) + "\n"
 
 
@@ -119,7 +136,7 @@ def read_document(root: pathlib.Path) -> str:
 
 
 def units(text: str) -> list:
-    """Cuts text into sentences and lines; each keeps the one separator before it (space or newline).
+    """Cuts text into sentences and lines; each keeps its separator before it: space or line break.
 
     "".join(units(text)) == "\n" + text for a text without blank lines and double spaces.
     """

@@ -11,18 +11,18 @@ logit is the right one at every step, which one pass decides.
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import json
 import os
 import pathlib
 import subprocess
 
-import safetensors.torch
-import torch
-
 import facts
 import model as model_lib
+import safetensors.torch
 import samples
+import torch
 
 
 def load(folder, device):
@@ -75,17 +75,20 @@ def count(net, codec, cases, device):
 
 def table(counts):
     lengths = sorted({length for _, length, _ in counts})
-    lines = [f"{'task':12}" + "".join(f"{f'{n // 1024}K dense':>12}{'sparse':>8}" for n in lengths)]
-    for task in facts.TASKS:
+    lines = [f"{'task':14}" + "".join(f"{f'{n // 1024}K dense':>12}{'sparse':>8}" for n in lengths)]
+    others = sorted({task for task, _, _ in counts} - set(facts.TASKS))
+    for task in [t for t in facts.TASKS if any(k[0] == t for k in counts)] + others:
         cells = ""
         for n in lengths:
             for attention, width in (("dense", 12), ("sparse", 8)):
-                right, asked = counts[task, n, attention]
+                right, asked = counts.get((task, n, attention), (0, 0))
                 cells += f"{right}/{asked}".rjust(width)
-        lines.append(f"{task:12}{cells}")
+        lines.append(f"{task:14}{cells}")
     totals = {a: sum(v[0] for k, v in counts.items() if k[2] == a) for a in ("dense", "sparse")}
-    lines.append(f"all: dense {totals['dense']}, sparse {totals['sparse']}, "
-                 f"sparse / dense {totals['sparse'] / max(1, totals['dense']):.4f}")
+    lines.append(
+        f"all: dense {totals['dense']}, sparse {totals['sparse']}, "
+        f"sparse / dense {totals['sparse'] / max(1, totals['dense']):.4f}"
+    )
     return "\n".join(lines)
 
 
@@ -93,10 +96,19 @@ def records(counts, config, device, commit):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     for (task, length, attention), (right, asked) in sorted(counts.items()):
         visible = config.sparse.budget * config.sparse.block_size / length
-        yield {"name": "eval.needle", "backend": "pytorch", "device": name, "commit": commit,
-               "date": datetime.date.today().isoformat(), "task": task, "length": length,
-               "attention": attention, "correct": right, "total": asked,
-               "visible_share": 1.0 if attention == "dense" else round(min(1.0, visible), 4)}
+        yield {
+            "name": "eval.needle",
+            "backend": "pytorch",
+            "device": name,
+            "commit": commit,
+            "date": datetime.date.today().isoformat(),
+            "task": task,
+            "length": length,
+            "attention": attention,
+            "correct": right,
+            "total": asked,
+            "visible_share": 1.0 if attention == "dense" else round(min(1.0, visible), 4),
+        }
 
 
 def main():
@@ -106,12 +118,16 @@ def main():
     parser.add_argument("--out", help="append records here")
     parser.add_argument("--lengths", type=int, nargs="+", help="only these")
     parser.add_argument("--documents", type=int, default=10**9, help="of each length, at most")
+    parser.add_argument("--topk", type=int, help="instead of the checkpoint's")
     parser.add_argument("--commit", help="default: git rev-parse")
     args = parser.parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     net = load(args.model, device)
+    if args.topk:
+        sparse = dataclasses.replace(net.config.sparse, topk=args.topk)
+        net.config = dataclasses.replace(net.config, sparse=sparse)
     codec = samples.Codec(pathlib.Path(args.model) / "tokenizer.model")
     with open(args.cases, encoding="utf-8") as file:
         cases = [json.loads(line) for line in file]
@@ -120,7 +136,8 @@ def main():
     for case in cases:
         seen[case["length"]] += 1
         if (not args.lengths or case["length"] in args.lengths) and (
-                seen[case["length"]] <= args.documents):
+            seen[case["length"]] <= args.documents
+        ):
             kept.append(case)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
         counts = count(net, codec, kept[rank::world], device)
@@ -137,8 +154,12 @@ def main():
         return
     print(table(counts), flush=True)
     if args.out:
-        commit = args.commit or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = (
+            args.commit
+            or subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ).stdout.strip()
+        )
         with open(args.out, "a", encoding="utf-8") as out:
             for record in records(counts, net.config, device, commit):
                 print(json.dumps(record), file=out)

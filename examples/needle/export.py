@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes trained weights as a Hugging Face checkpoint: bf16 safetensors and the JSON files.
 
-    python3 examples/needle/export.py --state .train/run/state.pt --out models/needle-32k
+python3 examples/needle/export.py --state .train/run/state.pt --out models/needle-32k
 """
 
 import argparse
@@ -9,10 +9,9 @@ import dataclasses
 import json
 import pathlib
 
+import recipes
 import safetensors.torch
 import torch
-
-import recipes
 
 
 def config_json(config):
@@ -56,17 +55,26 @@ def config_json(config):
 def write(state, config, out):
     """state: parameter name -> tensor, as MiniCPM4.state_dict gives it."""
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous()
-               for name, value in sorted(state.items())}
+    tensors = {
+        name: value.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, value in sorted(state.items())
+    }
     safetensors.torch.save_file(tensors, str(out / "model.safetensors"), metadata={"format": "pt"})
 
     def dump(name, value):
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     dump("config.json", config_json(config))
-    dump("generation_config.json", {
-        "bos_token_id": 1, "do_sample": False, "eos_token_id": [2, 4088],
-        "max_new_tokens": 64, "pad_token_id": 2})
+    dump(
+        "generation_config.json",
+        {
+            "bos_token_id": 1,
+            "do_sample": False,
+            "eos_token_id": [2, 4088],
+            "max_new_tokens": 64,
+            "pad_token_id": 2,
+        },
+    )
 
 
 def main():

@@ -49,7 +49,10 @@ SECOND_WORDS = (
     "rocket rose sail seal shadow ship star stone storm summit swan temple tiger tower train "
     "tulip turtle valley violin wagon well whale willow wolf"
 ).split()
-SYLLABLES = "ba be bo da de do fa fe go ha ka ke ki la le lo ma me mi mo na ne no ra re ri ro sa se so ta te to va ve vi za zo".split()
+SYLLABLES = (
+    "ba be bo da de do fa fe go ha ka ke ki la le lo ma me mi "
+    "mo na ne no ra re ri ro sa se so ta te to va ve vi za zo"
+).split()
 
 
 @dataclasses.dataclass
@@ -73,6 +76,11 @@ class Question:
 class FactSet:
     facts: list
     questions: list
+
+
+def plain_fact(attribute: str, name: str, value: str) -> str:
+    """The statement of `single` and `multi_key`."""
+    return f"The {attribute} of {name} is {value}. Remember, for {name} the {attribute} is {value}."
 
 
 class Generator:
@@ -109,7 +117,7 @@ class Generator:
 
     def _plain(self, task, name) -> FactSet:
         attribute, value, key = self.rng.choice(ATTRIBUTES), self.value(), self._key()
-        text = f"The {attribute} of {name} is {value}. Remember, for {name} the {attribute} is {value}."
+        text = plain_fact(attribute, name, value)
         question = f"What is the {attribute} of {name}?"
         return FactSet([Fact(text, key)], [Question(task, question, value, key)])
 
@@ -124,17 +132,20 @@ class Generator:
         result = FactSet([], [])
         for name in (f"{a} {c}", f"{a} {d}", f"{b} {c}", f"{b} {d}"):
             value, key = self.value(), self._key()
-            text = f"The {attribute} of {name} is {value}. Remember, for {name} the {attribute} is {value}."
+            text = plain_fact(attribute, name, value)
             result.facts.append(Fact(text, key))
             result.questions.append(
-                Question("multi_key", f"What is the {attribute} of {name}?", value, key))
+                Question("multi_key", f"What is the {attribute} of {name}?", value, key)
+            )
         return result
 
     def multi_value(self) -> FactSet:
         name, key = self.name(), self._key()
         values = [self.value() for _ in ORDINALS]
         facts = [
-            Fact(f"The {o} reading at {name} was {v}. Note, at {name} the {o} reading was {v}.", key)
+            Fact(
+                f"The {o} reading at {name} was {v}. Note, at {name} the {o} reading was {v}.", key
+            )
             for o, v in zip(ORDINALS, values)
         ]
         question = f"What were the first, second and third readings at {name}?"
@@ -145,8 +156,10 @@ class Generator:
         facts = []
         for i in range(1, self.rng.integers(2, MAX_REVISIONS + 1) + 1):
             value = self.value()
-            text = (f"Revision {i} sets the limit of {name} to {value}. "
-                    f"Thus, after revision {i} the limit of {name} is {value}.")
+            text = (
+                f"Revision {i} sets the limit of {name} to {value}. "
+                f"Thus, after revision {i} the limit of {name} is {value}."
+            )
             facts.append(Fact(text, key, order=i))
         question = f"What is the limit of {name} after the last revision?"
         return FactSet(facts, [Question("last_update", question, value, key)])
@@ -169,7 +182,7 @@ class Plan:
 
 
 def plan_document(rng, unit_tokens, line_start, facts, budget, count) -> Plan:
-    """Chooses a stretch of filler and a place for each fact, so that the whole has <= budget tokens.
+    """Chooses a stretch of filler and a place for each fact: at most `budget` tokens in all.
 
     unit_tokens  [n + 1] running sum of the filler units' token counts
     line_start   [n] the first unit of each unit's line; a document begins with a line
@@ -178,8 +191,10 @@ def plan_document(rng, unit_tokens, line_start, facts, budget, count) -> Plan:
     texts = [("\n" if rng.random() < 0.5 else " ") + f.text for f in facts]
     room = budget - sum(count(t) for t in texts)
     if room < LEAST_FILLER or room > unit_tokens[-1]:
-        raise ValueError(f"plan_document: {room} tokens of filler wanted; the text has "
-                         f"{unit_tokens[-1]}, the budget is {budget} with {len(facts)} facts")
+        raise ValueError(
+            f"plan_document: {room} tokens of filler wanted; the text has "
+            f"{unit_tokens[-1]}, the budget is {budget} with {len(facts)} facts"
+        )
     last_start = int(np.searchsorted(unit_tokens, unit_tokens[-1] - room, side="right")) - 1
     start = stop = 0
     while stop == start:  # a first unit longer than the room: draw again

@@ -16,9 +16,8 @@ import argparse
 import json
 import pathlib
 
-import numpy as np
-
 import facts
+import numpy as np
 import samples
 
 LENGTHS = (4096, 8192, 16384, 32768)
@@ -42,15 +41,18 @@ def draw(rng, each):
 def make_case(rng, hay, units, codec, length, number):
     drawn = draw(rng, questions_per_document(length))
     overhead = len(codec.head()) + max(len(codec.ask(q.text)) for q in drawn.questions)
-    plan = facts.plan_document(rng, hay.unit_tokens, hay.line_start, drawn.facts,
-                               length - overhead, codec.count)
+    plan = facts.plan_document(
+        rng, hay.unit_tokens, hay.line_start, drawn.facts, length - overhead, codec.count
+    )
     return {
         "id": f"{length}-{number:03}",
         "length": length,
         "tokens": overhead + len(samples.render_tokens(plan, hay, codec)),
         "document": facts.render_text(plan, units),
-        "questions": [{"task": q.task, "question": q.text, "answer": q.answer}
-                      for q in sorted(drawn.questions, key=lambda q: facts.TASKS.index(q.task))],
+        "questions": [
+            {"task": q.task, "question": q.text, "answer": q.answer}
+            for q in sorted(drawn.questions, key=lambda q: facts.TASKS.index(q.task))
+        ],
     }
 
 

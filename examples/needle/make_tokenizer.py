@@ -14,15 +14,22 @@ import json
 import pathlib
 import random
 
+import corpus
+import facts
 import numpy as np
 import sentencepiece
 
-import corpus
-import facts
-
 PIECES = 4088  # with the 8 added tokens: 4096
-ADDED = ("<|im_end|>", "<|im_start|>", "<|tool_call|>", "<|execute_start|>", "<|execute_end|>",
-         "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+ADDED = (
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|tool_call|>",
+    "<|execute_start|>",
+    "<|execute_end|>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -69,7 +76,10 @@ def train(folder: pathlib.Path) -> bytes:
         max_sentence_length=16384,
         input_sentence_size=400_000,
         shuffle_input_sentence=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
         num_threads=2,
         minloglevel=2,
     )
@@ -77,8 +87,15 @@ def train(folder: pathlib.Path) -> bytes:
 
 
 def added_token(token_id: int, content: str) -> dict:
-    return {"id": token_id, "content": content, "single_word": False, "lstrip": False,
-            "rstrip": False, "normalized": False, "special": True}
+    return {
+        "id": token_id,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
 
 def tokenizer_json(processor) -> dict:
@@ -91,9 +108,13 @@ def tokenizer_json(processor) -> dict:
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in vocab and right in vocab:
-                ranked.append((-processor.get_score(token_id), vocab[left], vocab[right], left, right))
+                ranked.append(
+                    (-processor.get_score(token_id), vocab[left], vocab[right], left, right)
+                )
     ranked.sort(key=lambda m: m[:3])
-    added = [added_token(i, vocab_piece) for vocab_piece, i in (("<unk>", 0), ("<s>", 1), ("</s>", 2))]
+    added = [
+        added_token(i, vocab_piece) for vocab_piece, i in (("<unk>", 0), ("<s>", 1), ("</s>", 2))
+    ]
     added += [added_token(len(vocab) + i, content) for i, content in enumerate(ADDED)]
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     return {
@@ -101,25 +122,46 @@ def tokenizer_json(processor) -> dict:
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "\u2581"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            ],
+        },
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}},
-                     {"SpecialToken": {"id": "<s>", "type_id": 1}},
-                     {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>",
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
-                  "byte_fallback": True, "ignore_merges": False, "vocab": vocab,
-                  "merges": [[left, right] for *_, left, right in ranked]},
+            "pair": [
+                bos,
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "<s>", "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [[left, right] for *_, left, right in ranked],
+        },
     }
 
 
@@ -134,28 +176,39 @@ def write(out: pathlib.Path, model: bytes, max_length: int):
 
     document = tokenizer_json(processor)
     dump("tokenizer.json", document)
-    dump("tokenizer_config.json", {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": {
-            str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in document["added_tokens"]},
-        "additional_special_tokens": list(ADDED),
-        "bos_token": "<s>",
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "legacy": True,
-        "model_max_length": max_length,
-        "pad_token": None,
-        "sp_model_kwargs": {},
-        "spaces_between_special_tokens": False,
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": "<unk>",
-        "use_default_system_prompt": False,
-    })
-    dump("special_tokens_map.json", {
-        "additional_special_tokens": list(ADDED), "bos_token": "<s>", "eos_token": "<|im_end|>",
-        "unk_token": "<unk>"})
+    dump(
+        "tokenizer_config.json",
+        {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "added_tokens_decoder": {
+                str(t["id"]): {k: v for k, v in t.items() if k != "id"}
+                for t in document["added_tokens"]
+            },
+            "additional_special_tokens": list(ADDED),
+            "bos_token": "<s>",
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "legacy": True,
+            "model_max_length": max_length,
+            "pad_token": None,
+            "sp_model_kwargs": {},
+            "spaces_between_special_tokens": False,
+            "tokenizer_class": "LlamaTokenizer",
+            "unk_token": "<unk>",
+            "use_default_system_prompt": False,
+        },
+    )
+    dump(
+        "special_tokens_map.json",
+        {
+            "additional_special_tokens": list(ADDED),
+            "bos_token": "<s>",
+            "eos_token": "<|im_end|>",
+            "unk_token": "<unk>",
+        },
+    )
 
 
 def check(out: pathlib.Path, text_folder: pathlib.Path, lines: int = 20_000) -> int:

@@ -2,7 +2,8 @@
 """A MiniCPM4 model in plain PyTorch: dense or InfLLM-V2 attention with the same weights.
 
     h = scale_emb * E[token]
-    every layer:  h += s * o_proj(attention(RMSNorm(h)));  h += s * down(silu(gate x) * up x), x = RMSNorm(h)
+    every layer:  h += s * o_proj(attention(RMSNorm(h)))
+                  h += s * down(silu(gate x) * up x),  x = RMSNorm(h)
                   s = scale_depth / sqrt(layers)
     logits = E (RMSNorm(h) * dim_model_base / hidden)
 
@@ -13,11 +14,10 @@ import dataclasses
 import json
 import math
 
+import selection
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import selection
 
 
 @dataclasses.dataclass
@@ -53,7 +53,9 @@ class Config:
 
 def rope_table(positions, config):
     """cos, sin [..., T, d] in float32 for positions [..., T]."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    exponent = (
+        torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    )
     angles = positions[..., None].float() * config.rope_theta**-exponent
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
@@ -105,8 +107,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attend):
         n, rows, _ = x.shape
-        split = lambda y: y.view(n, rows, -1, self.config.head_dim).transpose(1, 2)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        q, k, v = (
+            project(x).view(n, rows, -1, self.config.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.transpose(1, 2).reshape(n, rows, -1))
 

@@ -49,13 +49,20 @@ def build(net, kind, recipe):
     named = list(net.named_parameters())
     matrices = [p for n, p in named if p.dim() == 2 and "embed_tokens" not in n]
     others = [p for n, p in named if p.dim() != 2 or "embed_tokens" in n]
-    fused = others[0].is_cuda
-    adamw = lambda ps: torch.optim.AdamW(ps, lr=recipe.adamw_rate, betas=(0.9, 0.98),
-                                         weight_decay=0.01, fused=fused)
-    if kind == "adamw":
-        result = [adamw(matrices + others)]
+    result = []
+    if kind == "muon":
+        result.append(Muon(matrices, lr=recipe.muon_rate))
     else:
-        result = [Muon(matrices, lr=recipe.muon_rate), adamw(others)]
+        others = matrices + others
+    result.append(
+        torch.optim.AdamW(
+            others,
+            lr=recipe.adamw_rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            fused=others[0].is_cuda,
+        )
+    )
     for optimizer in result:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

@@ -17,11 +17,10 @@ import dataclasses
 import functools
 import pathlib
 
-import numpy as np
-import sentencepiece
-
 import corpus
 import facts
+import numpy as np
+import sentencepiece
 
 REST, ANSWER, PAD = 1, 2, 0  # what a target token is
 LEAST_FILLER = 160  # tokens of real text in the shortest training document
@@ -54,12 +53,24 @@ class Codec:
 
     def ask(self, question: str) -> list:
         """What follows the document: the question, the end of the turn, the generation prompt."""
-        return (self.inner("\n\n" + question) + [self.im_end] + self.segment("\n")
-                + [self.im_start] + self.segment("assistant\n"))
+        return (
+            self.inner("\n\n" + question)
+            + [self.im_end]
+            + self.segment("\n")
+            + [self.im_start]
+            + self.segment("assistant\n")
+        )
 
     def ask_again(self, question: str) -> list:
-        return (self.segment("\n") + [self.im_start] + self.segment("user\n" + question)
-                + [self.im_end] + self.segment("\n") + [self.im_start] + self.segment("assistant\n"))
+        return (
+            self.segment("\n")
+            + [self.im_start]
+            + self.segment("user\n" + question)
+            + [self.im_end]
+            + self.segment("\n")
+            + [self.im_start]
+            + self.segment("assistant\n")
+        )
 
     def answer(self, answer: str) -> list:
         """The answer after "assistant\\n", and the end of the turn."""
@@ -89,8 +100,12 @@ class Hay:
         return hay, all_units
 
     def save(self, path):
-        np.savez(path, tokens=self.tokens, unit_tokens=self.unit_tokens.astype(np.int32),
-                 line_start=self.line_start.astype(np.int32))
+        np.savez(
+            path,
+            tokens=self.tokens,
+            unit_tokens=self.unit_tokens.astype(np.int32),
+            line_start=self.line_start.astype(np.int32),
+        )
 
     @staticmethod
     def load(path):
@@ -138,7 +153,7 @@ def draw_facts(rng, codec: Codec, budget: int, most_questions: int, invented_nam
 
 
 def spread_positions(rng, length, tail, longest):
-    """Positions with gaps between parts of the document, so that distances up to `longest` occur."""
+    """Positions with gaps inside the document, so that distances up to `longest` occur."""
     positions = np.arange(length)
     extra = int(rng.integers(0, max(1, longest - length)))
     cuts = np.sort(rng.integers(1, max(2, length - tail), size=6))
@@ -159,9 +174,10 @@ def dialogue(questions, codec: Codec):
     return ids, kinds
 
 
-def conversation(rng, hay: Hay, codec: Codec, length: int, spread=0.0, longest=40960,
-                 most_questions=None):
-    """One training sample: tokens [length + 1], kind of each token [length + 1], positions [length]."""
+def conversation(
+    rng, hay: Hay, codec: Codec, length: int, spread=0.0, longest=40960, most_questions=None
+):
+    """One training sample: tokens and their kinds [length + 1], positions [length]."""
     most_questions = most_questions or int(np.clip(length // 100, 5, 24))
     share = rng.uniform(0.5, 0.8) if length <= 1024 else rng.uniform(0.2, 0.45)
     head = codec.head()
@@ -172,7 +188,9 @@ def conversation(rng, hay: Hay, codec: Codec, length: int, spread=0.0, longest=4
         if budget - sum(codec.count(" " + f.text) for f in drawn.facts) >= LEAST_FILLER:
             break
         share *= 0.9
-    plan = facts.plan_document(rng, hay.unit_tokens, hay.line_start, drawn.facts, budget, codec.count)
+    plan = facts.plan_document(
+        rng, hay.unit_tokens, hay.line_start, drawn.facts, budget, codec.count
+    )
     document = render_tokens(plan, hay, codec)
     padding = budget - len(document)
     tokens = np.concatenate([head, document, tail, np.full(padding, codec.eos)]).astype(np.int64)

@@ -114,9 +114,9 @@ def select(q, k, positions, config, budget=None, stable=False):
 def alignment_loss(q, k, positions, config):
     """How far block scores are from where dense attention looks; gradient reaches q and k.
 
-        - mean over tokens, KV heads of sum_b p[b] log r[b]   over the freely choosable blocks b
-        p[b] = dense attention mass of block b, mean over the group's heads, no gradient
-        r    = softmax over those blocks of log R[b]
+    - mean over tokens, KV heads of sum_b p[b] log r[b]   over the freely choosable blocks b
+    p[b] = dense attention mass of block b, mean over the group's heads, no gradient
+    r    = softmax over those blocks of log R[b]
     """
     n, hq, rows, d = q.shape
     hk, length = k.shape[1], k.shape[2]

@@ -34,8 +34,11 @@ def naive_blocks(q, k, p, config, budget):
         if b < config.init_blocks or b >= own - window:
             value = math.inf
         else:
-            overlap = [j for j in range(len(fine))
-                       if stride * j < block * (b + 1) and stride * j + size > block * b]
+            overlap = [
+                j
+                for j in range(len(fine))
+                if stride * j < block * (b + 1) and stride * j + size > block * b
+            ]
             value = max((scores[j] for j in overlap), default=-math.inf)
         ranked.append((-value, b))
     return sorted(b for _, b in sorted(ranked)[:budget])
@@ -81,7 +84,9 @@ def test_alignment_is_least_where_scores_follow_the_mass():
     length, config = 1024, selection.SparseConfig(window_size=64, topk=3)
     needle = torch.randn(16)
     k = torch.randn(1, 1, length, 16) * 0.5
-    k[0, 0, 350] = 4 * needle  # block 5, no window shared with a neighbour; a lone key is diluted 32 times in its window
+    k[0, 0, 350] = (
+        4 * needle
+    )  # block 5, no window shared with a neighbour; a lone key is diluted 32 times in its window
     q = (2 * needle).repeat(1, 2, 8, 1)
     positions = torch.arange(length - 8, length)
     k.requires_grad_(True)
@@ -100,10 +105,9 @@ def test_alignment_is_least_where_scores_follow_the_mass():
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_flex_mask_is_the_token_mask(kv_heads):
     """The tiles and the mask function given to FlexAttention leave exactly the chosen tokens."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     import model
     import train
+    from torch.nn.attention.flex_attention import flex_attention
 
     torch.manual_seed(3)
     q, k, v = (torch.randn(2, h, 1024, 16) for h in (4, kv_heads, kv_heads))
@@ -121,7 +125,9 @@ def test_shared_rows_choose_as_their_first():
 
     torch.manual_seed(4)
     q, k = torch.randn(1, 4, 1536, 16), torch.randn(1, 2, 1536, 16)
-    attend = train.Attend(type("Config", (), {"sparse": CONFIG}), 1536, q.device, True, 9, 0, (), None)
+    attend = train.Attend(
+        type("Config", (), {"sparse": CONFIG}), 1536, q.device, True, 9, 0, (), None
+    )
     exact = selection.select(q, k, torch.arange(1536), CONFIG, 9)
     got = attend.choose_blocks(q, k)
     shared = torch.arange(512) // train.SHARED * train.SHARED

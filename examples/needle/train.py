@@ -20,26 +20,25 @@ import os
 import pathlib
 import time
 
+import model as model_lib
 import numpy as np
+import optimizer as optimizer_lib
+import recipes
 import safetensors.torch
+import samples
+import selection
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-import model as model_lib
-import optimizer as optimizer_lib
-import recipes
-import samples
-import selection
-
 REST_WEIGHT = 0.3
 FLEX_BLOCK = 128
-LAST_ROWS, SHARED = 1024, 8
+LAST_ROWS, SHARED = 1024, 8  # see Attend.choose_blocks
 
 
 def choose(recipe, seed, step):
-    """What all ranks do in this step: stage, bucket, sparse or dense, block budget, taught layers."""
+    """What all ranks do in a step: stage, bucket, sparse or dense, block budget, taught layers."""
     rng = np.random.default_rng([seed, step])
     stage = recipe.stage(step)
     shares = np.array([b.share for b in stage.buckets])
@@ -65,8 +64,12 @@ class Steps(torch.utils.data.IterableDataset):
         for step in range(self.first + worker, self.recipe.steps, workers):
             stage, bucket, *_ = choose(self.recipe, self.seed, step)
             rng = np.random.default_rng([self.seed, self.rank + 1, step])
-            made = [samples.conversation(rng, self.hay, codec, bucket.length, stage.spread,
-                                         self.recipe.longest) for _ in range(bucket.batch)]
+            made = [
+                samples.conversation(
+                    rng, self.hay, codec, bucket.length, stage.spread, self.recipe.longest
+                )
+                for _ in range(bucket.batch)
+            ]
             tokens, kinds, positions = (torch.from_numpy(np.stack(x)) for x in zip(*made))
             yield step, tokens, kinds, positions
 
@@ -87,33 +90,39 @@ class Attend:
         if taught:
             rows = slice(-self.align_rows, None)
             with torch.autocast(q.device.type, enabled=False):
-                self.losses.append(selection.alignment_loss(
-                    q[:, :, rows], k, self.positions[rows], self.config.sparse))
+                self.losses.append(
+                    selection.alignment_loss(
+                        q[:, :, rows], k, self.positions[rows], self.config.sparse
+                    )
+                )
         if not self.sparse:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         with torch.autocast(q.device.type, enabled=False):
             chosen = self.choose_blocks(q, k)
         if self.flex is None:
-            mask = model_lib.token_mask(chosen, self.positions, k.shape[2],
-                                        self.config.sparse.block_size)
+            mask = model_lib.token_mask(
+                chosen, self.positions, k.shape[2], self.config.sparse.block_size
+            )
             return model_lib.masked_attention(q, k, v, mask)
-        return self.flex(q, k, v, block_mask=flex_mask(chosen, q.shape[1], self.config.sparse),
-                         enable_gqa=True)
+        return self.flex(
+            q, k, v, block_mask=flex_mask(chosen, q.shape[1], self.config.sparse), enable_gqa=True
+        )
 
     def choose_blocks(self, q, k):
         """The last rows (questions, answers) choose one by one; before them SHARED rows choose as
         the first of them does, which makes selection SHARED times cheaper. Training only."""
         cut = max(0, q.shape[2] - LAST_ROWS)
-        choose = lambda rows: selection.select(q[:, :, rows], k, self.positions[rows],
-                                               self.config.sparse, self.budget)
-        last = choose(slice(cut, None))
-        if not cut:
-            return last
-        return torch.cat([choose(slice(0, cut, SHARED)).repeat_interleave(SHARED, 2), last], 2)
+        first, last = (
+            selection.select(
+                q[:, :, rows], k, self.positions[rows], self.config.sparse, self.budget
+            )
+            for rows in (slice(0, cut, SHARED), slice(cut, None))
+        )
+        return torch.cat([first.repeat_interleave(SHARED, 2), last], 2)
 
 
 def flex_mask(chosen, heads, config):
-    """FlexAttention's mask: a tile of 128 x 128 is visited if any of its tokens chose its blocks."""
+    """FlexAttention's mask: a 128 x 128 tile is visited if any of its tokens chose its blocks."""
     n, hk, rows, blocks = chosen.shape
     group, per_tile = heads // hk, FLEX_BLOCK // config.block_size
     tiles = chosen.view(n, hk, rows // FLEX_BLOCK, FLEX_BLOCK, blocks // per_tile, per_tile)
@@ -126,8 +135,13 @@ def flex_mask(chosen, heads, config):
     def visible(b, h, q, k):
         return chosen[b, h // group, q, k // block_size] & (q >= k)
 
-    return BlockMask.from_kv_blocks(tiles.sum(-1).int(), order, BLOCK_SIZE=FLEX_BLOCK,
-                                    mask_mod=visible, seq_lengths=(rows, rows))
+    return BlockMask.from_kv_blocks(
+        tiles.sum(-1).int(),
+        order,
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(rows, rows),
+    )
 
 
 def losses(net, tokens, kinds, positions, attend):
@@ -144,8 +158,12 @@ def losses(net, tokens, kinds, positions, attend):
         right = (logits.argmax(-1) == target) & (kind == samples.ANSWER)
         tokens_right = right.sum() / answer.sum().clamp(min=1)
     total = answer_loss + REST_WEIGHT * rest_loss + align
-    return total, {"answer_loss": answer_loss.detach(), "rest_loss": rest_loss.detach(),
-                   "align_loss": align.detach(), "answer_tokens_right": tokens_right}
+    return total, {
+        "answer_loss": answer_loss.detach(),
+        "rest_loss": rest_loss.detach(),
+        "align_loss": align.detach(),
+        "answer_tokens_right": tokens_right,
+    }
 
 
 def average_gradients(parameters, world):
@@ -159,8 +177,14 @@ def average_gradients(parameters, world):
 
 def save_state(path, net, optimizers, step):
     temporary = path.with_suffix(".tmp")
-    torch.save({"model": net.state_dict(), "step": step,
-                "optimizers": [o.state_dict() for o in optimizers]}, temporary)
+    torch.save(
+        {
+            "model": net.state_dict(),
+            "step": step,
+            "optimizers": [o.state_dict() for o in optimizers],
+        },
+        temporary,
+    )
     os.replace(temporary, path)
 
 
@@ -183,7 +207,9 @@ def main():
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -214,19 +240,28 @@ def main():
         first = state["step"]
     parameters = list(net.parameters())
     if rank == 0:
-        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, from step {first} of "
-              f"{recipe.steps}, {world} processes", flush=True)
+        print(
+            f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, from step {first} of "
+            f"{recipe.steps}, {world} processes",
+            flush=True,
+        )
     hay = samples.Hay.load(args.data / "train.npz")
     loader = torch.utils.data.DataLoader(
-        Steps(recipe, hay, args.tokenizer, args.seed, rank, first), batch_size=None,
-        num_workers=args.workers, prefetch_factor=6 if args.workers else None, pin_memory=cuda)
+        Steps(recipe, hay, args.tokenizer, args.seed, rank, first),
+        batch_size=None,
+        num_workers=args.workers,
+        prefetch_factor=6 if args.workers else None,
+        pin_memory=cuda,
+    )
 
     log = open(args.out / "log.jsonl", "a", encoding="utf-8") if rank == 0 else None
-    last_save, step_began, waited, step = time.monotonic(), time.monotonic(), 0.0, first - 1
+    last_save, waited, step = time.monotonic(), 0.0, first - 1
     fetch_began = time.monotonic()
     for step, tokens, kinds, positions in loader:
         waited += time.monotonic() - fetch_began
-        tokens, kinds, positions = (x.to(device, non_blocking=True) for x in (tokens, kinds, positions))
+        tokens, kinds, positions = (
+            x.to(device, non_blocking=True) for x in (tokens, kinds, positions)
+        )
         length = tokens.shape[1] - 1
         rate = recipe.rate(step)
         for o in optimizers:
@@ -247,10 +282,17 @@ def main():
             if cuda:
                 torch.cuda.synchronize()
             now = time.monotonic()
-            record = {"step": step, "length": length, "batch": tokens.shape[0], "sparse": sparse,
-                      **{name: round(float(value), 4) for name, value in parts.items()},
-                      "gradient": round(float(norm), 3), "rate": round(rate, 4),
-                      "waited": round(waited, 2), "seconds": round(now - began, 1)}
+            record = {
+                "step": step,
+                "length": length,
+                "batch": tokens.shape[0],
+                "sparse": sparse,
+                **{name: round(float(value), 4) for name, value in parts.items()},
+                "gradient": round(float(norm), 3),
+                "rate": round(rate, 4),
+                "waited": round(waited, 2),
+                "seconds": round(now - began, 1),
+            }
             print(json.dumps(record), flush=True)
             print(json.dumps(record), file=log, flush=True)
             waited = 0.0
