@@ -37,8 +37,9 @@ std::span<const Column> columns() {
      &avx512::kernels},
     {"avx512_bf16",
      [] {
-       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+       return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl");
      },
      &avx512_bf16::kernels},
 #elif defined(__aarch64__)

@@ -16,9 +16,9 @@
 // multiplies its sum.
 #pragma once
 
-#include <hwy/cache_control.h>
-
 #include <algorithm>
+#include <bit>
+#include <type_traits>
 
 #include "infllm/backend/cpu/dot-inl.h"
 #include "infllm/backend/cpu/linear_pack.h"
@@ -34,44 +34,125 @@ inline constexpr int kTileVectors = HWY_TARGET == HWY_AVX2 ? 2 : 4;
 inline constexpr int kTileOutputs = kTileVectors * kFloatLanes;
 static_assert(kPanelOutputs % kTileOutputs == 0);
 
-// How a tile multiplies: kStep inputs at a time from one row of 64 lanes.
+// How a tile multiplies: a step is kStep inputs of 64 outputs, kStepBytes of memory.
 struct FloatWeights {
-  using Lane = float;
   using Activation = float;
   static constexpr int kStep = 1;
+  static constexpr std::int64_t kStepBytes = kPanelOutputs * 4;
+  using Loaded = VF32;
 
-  struct Loaded {
-    VF32 w;
-  };
-  static HWY_INLINE Loaded load(const Lane* w) { return {hn::Load(F32(), w)}; }
+  // The output that vector v of a pass begins with.
+  static constexpr std::int64_t column(int pass, int v) {
+    return (pass * kTileVectors + v) * kFloatLanes;
+  }
+  static HWY_INLINE void load(const std::byte* step, int pass, Loaded* w) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      w[v] = hn::Load(F32(), reinterpret_cast<const float*>(step) + column(pass, v));
+    }
+  }
   static HWY_INLINE VF32 multiply(const Activation* x, Loaded w, VF32 acc) {
-    return hn::MulAdd(hn::Set(F32(), *x), w.w, acc);
+    return hn::MulAdd(hn::Set(F32(), *x), w, acc);
   }
 };
 
 struct PairWeights {
-  using Lane = std::uint32_t;
   static constexpr int kStep = 2;
+  static constexpr std::int64_t kStepBytes = kPanelOutputs * 4;
 #if defined(INFLLM_CPU_NATIVE_BF16)
   using Activation = std::uint32_t;  // a pair
-  struct Loaded {
-    VU32 w;
-  };
-  static HWY_INLINE Loaded load(const Lane* w) { return {hn::Load(U32(), w)}; }
+  using Loaded = VU32;
+  static HWY_INLINE Loaded loaded(VU32 pairs) { return pairs; }
   static HWY_INLINE VF32 multiply(const Activation* x, Loaded w, VF32 acc) {
-    return dot_pairs(hn::Set(U32(), *x), w.w, acc);
+    return dot_pairs(hn::Set(U32(), *x), w, acc);
   }
 #else
   using Activation = float;
   struct Loaded {
     VF32 even, odd;
   };
-  static HWY_INLINE Loaded load(const Lane* w) {
-    const VU32 pairs = hn::Load(U32(), w);
-    return {even_of(pairs), odd_of(pairs)};
-  }
+  static HWY_INLINE Loaded loaded(VU32 pairs) { return {even_of(pairs), odd_of(pairs)}; }
   static HWY_INLINE VF32 multiply(const Activation* x, Loaded w, VF32 acc) {
     return hn::MulAdd(hn::Set(F32(), x[1]), w.odd, hn::MulAdd(hn::Set(F32(), x[0]), w.even, acc));
+  }
+#endif
+
+  static constexpr std::int64_t column(int pass, int v) { return FloatWeights::column(pass, v); }
+  static HWY_INLINE void load(const std::byte* step, int pass, Loaded* w) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      w[v] =
+          loaded(hn::Load(U32(), reinterpret_cast<const std::uint32_t*>(step) + column(pass, v)));
+    }
+  }
+};
+
+#if defined(INFLLM_CPU_NATIVE_BF16)
+// The bytes of 0 .. 127 as bf16.
+struct BF16OfCode {
+  alignas(64) std::uint8_t low[128];
+  alignas(64) std::uint8_t high[128];
+};
+inline constexpr BF16OfCode kBF16OfCode = [] {
+  BF16OfCode table{};
+  for (int code = 0; code < 128; ++code) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(static_cast<float>(code)) >> 16;
+    table.low[code] = static_cast<std::uint8_t>(bits & 0xff);
+    table.high[code] = static_cast<std::uint8_t>(bits >> 8);
+  }
+  return table;
+}();
+#endif
+
+// Int8 codes, exact as bf16: multiplied as PairWeights would.
+struct CodeWeights : PairWeights {
+  static constexpr std::int64_t kStepBytes = kPanelOutputs * 2;
+
+  // One vector of bytes is two of outputs, 16 apart (code_place).
+  static constexpr std::int64_t column(int pass, int v) {
+    constexpr int kPerHalf = 16 / kFloatLanes;
+    const int pair = (pass * kTileVectors + v) / 2;
+    return pair / kPerHalf * 32 + pair % kPerHalf * kFloatLanes + v % 2 * 16;
+  }
+  static HWY_INLINE void load(const std::byte* step, int pass, Loaded* w) {
+    for (int v = 0; v < kTileVectors; v += 2) {
+      const int pair = (pass * kTileVectors + v) / 2;
+      VU32 lower, upper;
+      widen(reinterpret_cast<const std::uint32_t*>(step) + pair * kFloatLanes, lower, upper);
+      w[v] = loaded(lower);
+      w[v + 1] = loaded(upper);
+    }
+  }
+  // A vector of codes as two vectors of bf16 pairs.
+  static HWY_INLINE void widen(const std::uint32_t* codes, VU32& lower, VU32& upper) {
+    const U32 d;
+    const VU32 bytes = hn::Load(d, codes);
+#if defined(INFLLM_CPU_NATIVE_BF16)
+    // bf16 of 0 .. 127, low and high bytes apart, by two table look-ups; then the sign.
+    const __m512i magnitude = _mm512_abs_epi8(bytes.raw);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kBF16OfCode.low), magnitude,
+                                                 _mm512_load_si512(kBF16OfCode.low + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kBF16OfCode.high), magnitude,
+                                                  _mm512_load_si512(kBF16OfCode.high + 64));
+    const __m512i sign = _mm512_and_si512(bytes.raw, _mm512_set1_epi8(-128));
+    const __m512i signed_high = _mm512_or_si512(high, sign);
+    lower = VU32{_mm512_unpacklo_epi8(low, signed_high)};
+    upper = VU32{_mm512_unpackhi_epi8(low, signed_high)};
+#else
+    const hn::Repartition<std::uint16_t, U32> d16;
+    const auto zero = hn::Zero(d16);
+    lower = pairs_of(hn::BitCast(d, hn::InterleaveLower(d16, hn::BitCast(d16, bytes), zero)));
+    upper = pairs_of(hn::BitCast(d, hn::InterleaveUpper(d16, hn::BitCast(d16, bytes), zero)));
+#endif
+  }
+
+ private:
+#if !defined(INFLLM_CPU_NATIVE_BF16)
+  // Two codes in the low bytes of each lane.
+  static HWY_INLINE VU32 pairs_of(VU32 codes) {
+    const hn::RebindToSigned<U32> di;
+    const auto even = hn::ShiftRight<24>(hn::BitCast(di, hn::ShiftLeft<24>(codes)));
+    const auto odd = hn::ShiftRight<24>(hn::BitCast(di, hn::ShiftLeft<16>(codes)));
+    return hn::Or(hn::ShiftRight<16>(hn::BitCast(U32(), hn::ConvertTo(F32(), even))),
+                  hn::BitCast(U32(), hn::ConvertTo(F32(), odd)));
   }
 #endif
 };
@@ -86,45 +167,39 @@ inline constexpr std::int64_t kRowActivations = kBlockInputs / Weights::kStep* k
 // total[m][64] (+)= scale x W over `steps` steps of one panel slice.
 template <typename Weights, int kTokens>
 HWY_NOINLINE void multiply_tile(const typename Weights::Activation* HWY_RESTRICT x,
-                                const typename Weights::Lane* HWY_RESTRICT w, std::int64_t steps,
+                                const std::byte* HWY_RESTRICT w, std::int64_t steps,
                                 const float* HWY_RESTRICT scale, bool first,
                                 float* HWY_RESTRICT total) {
   const F32 d;
-  for (std::int64_t column = 0; column < kPanelOutputs; column += kTileOutputs) {
+  for (int pass = 0; pass < kPanelOutputs / kTileOutputs; ++pass) {
     VF32 acc[kTokens][kTileVectors];
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) acc[m][v] = hn::Zero(d);
     }
-    const auto* lanes = w + column;
-    const auto* activation = x;
     for (std::int64_t step = 0; step < steps; ++step) {
-      if constexpr (kTokens <= 2) hwy::Prefetch(lanes + 16 * kPanelOutputs);
       typename Weights::Loaded loaded[kTileVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) loaded[v] = Weights::load(lanes + v * kFloatLanes);
+      Weights::load(w + step * Weights::kStepBytes, pass, loaded);
 #pragma GCC unroll 8
       for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < kTileVectors; ++v) {
-          acc[m][v] =
-              Weights::multiply(activation + m * kRowActivations<Weights>, loaded[v], acc[m][v]);
+          acc[m][v] = Weights::multiply(x + m * kRowActivations<Weights> + step * kPerStep<Weights>,
+                                        loaded[v], acc[m][v]);
         }
       }
-      lanes += kPanelOutputs;
-      activation += kPerStep<Weights>;
     }
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) {
-        float* to = total + m * kPanelOutputs + column + v * kFloatLanes;
+        const std::int64_t column = Weights::column(pass, v);
+        float* to = total + m * kPanelOutputs + column;
         const VF32 before = first ? hn::Zero(d) : hn::Load(d, to);
         const VF32 sum = acc[m][v];
-        hn::Store(scale == nullptr
-                      ? hn::Add(before, sum)
-                      : hn::MulAdd(sum, hn::Load(d, scale + column + v * kFloatLanes), before),
+        hn::Store(scale == nullptr ? hn::Add(before, sum)
+                                   : hn::MulAdd(sum, hn::Load(d, scale + column), before),
                   d, to);
       }
     }
@@ -132,9 +207,8 @@ HWY_NOINLINE void multiply_tile(const typename Weights::Activation* HWY_RESTRICT
 }
 
 template <typename Weights>
-void multiply_tile(int tokens, const typename Weights::Activation* x,
-                   const typename Weights::Lane* w, std::int64_t steps, const float* scale,
-                   bool first, float* total) {
+void multiply_tile(int tokens, const typename Weights::Activation* x, const std::byte* w,
+                   std::int64_t steps, const float* scale, bool first, float* total) {
   static_assert(kTileTokens == 6);
   switch (tokens) {
     case 1:
@@ -152,43 +226,21 @@ void multiply_tile(int tokens, const typename Weights::Activation* x,
   }
 }
 
-// Widens `inputs` (a multiple of 4) int8 codes of a panel slice.
-#if defined(INFLLM_CPU_NATIVE_BF16)
-using CodeWeights = PairWeights;
-#else
-using CodeWeights = FloatWeights;
-#endif
-
-inline void widen_codes(const std::int8_t* HWY_RESTRICT codes, std::int64_t inputs,
-                        CodeWeights::Lane* HWY_RESTRICT out) {
-  const hn::RebindToSigned<F32> di;
-  const F32 df;
-  constexpr std::int64_t kRow = kPanelOutputs;
-  for (std::int64_t k = 0; k < inputs; k += kInputQuad) {
-    for (std::int64_t lane = 0; lane < kRow;
-         lane += kFloatLanes, codes += kFloatLanes * kInputQuad) {
-      const auto quad = hn::Load(di, reinterpret_cast<const std::int32_t*>(codes));
-      const auto code = [&](auto shifted)
-                            HWY_ATTR { return hn::ConvertTo(df, hn::ShiftRight<24>(shifted)); };
-      const VF32 w0 = code(hn::ShiftLeft<24>(quad));  // bytes hold inputs 0, 2, 1, 3
-      const VF32 w2 = code(hn::ShiftLeft<16>(quad));
-      const VF32 w1 = code(hn::ShiftLeft<8>(quad));
-      const VF32 w3 = code(quad);
-#if defined(INFLLM_CPU_NATIVE_BF16)
-      const U32 du;
-      const auto pair = [&](VF32 even, VF32 odd) HWY_ATTR {
-        return hn::Or(hn::ShiftRight<16>(hn::BitCast(du, even)), hn::BitCast(du, odd));
-      };
-      hn::Store(pair(w0, w1), du, out + lane);
-      hn::Store(pair(w2, w3), du, out + kRow + lane);
-#else
-      hn::Store(w0, df, out + lane);
-      hn::Store(w1, df, out + kRow + lane);
-      hn::Store(w2, df, out + 2 * kRow + lane);
-      hn::Store(w3, df, out + 3 * kRow + lane);
-#endif
+// A panel slice of codes as PairWeights, for more tokens than one tile.
+inline void widen_slice(const std::byte* codes, std::int64_t inputs, std::uint32_t* out) {
+  for (std::int64_t step = 0; step < inputs / 2; ++step) {
+    const auto* from =
+        reinterpret_cast<const std::uint32_t*>(codes + step * CodeWeights::kStepBytes);
+    for (int pass = 0; pass < kPanelOutputs / kTileOutputs; ++pass) {
+      for (int v = 0; v < kTileVectors; v += 2) {
+        const int pair = (pass * kTileVectors + v) / 2;
+        VU32 lower, upper;
+        CodeWeights::widen(from + pair * kFloatLanes, lower, upper);
+        hn::Store(lower, U32(), out + CodeWeights::column(pass, v));
+        hn::Store(upper, U32(), out + CodeWeights::column(pass, v + 1));
+      }
     }
-    out += kInputQuad / CodeWeights::kStep * kRow;
+    out += kPanelOutputs;
   }
 }
 
@@ -218,10 +270,10 @@ template <typename Weights>
 struct LinearScratch {
   typename Weights::Activation* x;
   float* totals;
-  typename Weights::Lane* widened;
+  std::uint32_t* widened;  // of int8
 };
 
-inline constexpr std::int64_t kWidenedLanes = kBlockInputs / CodeWeights::kStep * kPanelOutputs;
+inline constexpr std::int64_t kWidenedLanes = kBlockInputs / 2 * kPanelOutputs;
 
 template <typename Weights, typename Taker>
 LinearScratch<Weights> take_scratch(const Backend& backend, const LinearParams& params,
@@ -232,7 +284,7 @@ LinearScratch<Weights> take_scratch(const Backend& backend, const LinearParams& 
       take(typename Weights::Activation(), params.tokens * plan.blocks * kRowActivations<Weights>);
   scratch.totals = take(float(), workers * plan.task_panels * plan.task_tokens * kPanelOutputs);
   if (params.weight->format == WeightFormat::kI8) {
-    scratch.widened = take(typename Weights::Lane(), workers * kWidenedLanes);
+    scratch.widened = take(std::uint32_t(), workers * kWidenedLanes);
   }
   return scratch;
 }
@@ -289,10 +341,21 @@ inline void store_totals(const float* HWY_RESTRICT total, std::int64_t tokens, s
   }
 }
 
+// Inputs [first, last) that are summed at once: a block, cut at its groups of int8 weights.
+inline std::int64_t slice_end(const PanelLayout& layout, std::int64_t first) {
+  std::int64_t last = std::min((first / kBlockInputs + 1) * kBlockInputs, layout.inputs);
+  if (layout.groups > 0) {
+    last = std::min(last, (first / layout.group_inputs + 1) * layout.group_inputs);
+  }
+  return last;
+}
+
 // One task: plan.task_tokens tokens by plan.task_panels panels.
 template <typename Weights>
 void linear_task(const LinearParams& params, const LinearPlan& plan,
                  const LinearScratch<Weights>& scratch, std::int64_t task, int worker) {
+  constexpr bool kIsInt8 = std::is_same_v<Weights, CodeWeights>;
+  using Widened = std::conditional_t<kIsInt8, PairWeights, Weights>;
   const LinearWeight& weight = *params.weight;
   const PanelLayout& layout = plan.layout;
   const std::int64_t first_token = task % plan.token_tasks * plan.task_tokens;
@@ -300,43 +363,39 @@ void linear_task(const LinearParams& params, const LinearPlan& plan,
   const std::int64_t first_panel = task / plan.token_tasks * plan.task_panels;
   const std::int64_t panels = std::min(plan.task_panels, layout.panels - first_panel);
   const std::int64_t x_row = plan.blocks * kRowActivations<Weights>;  // of one token
+  const std::byte* panel_0 = weight.storage.data() + first_panel * layout.panel_bytes;
+  const auto* x = scratch.x + first_token * x_row;
+  auto* widened = scratch.widened + worker * kWidenedLanes;
   float* totals = scratch.totals + worker * plan.task_panels * plan.task_tokens * kPanelOutputs;
-  const bool is_int8 = weight.format == WeightFormat::kI8;
 
-  for (std::int64_t first = 0; first < layout.inputs;) {
-    // A slice ends with its block, and with its group of int8 weights.
-    const std::int64_t block = first / kBlockInputs;
-    const std::int64_t in_block = first % kBlockInputs;
-    std::int64_t last = std::min((block + 1) * kBlockInputs, layout.inputs);
-    if (is_int8) {
-      last = std::min(last, (first / layout.group_inputs + 1) * layout.group_inputs);
-    }
+  for (std::int64_t first = 0, last; first < layout.inputs; first = last) {
+    last = slice_end(layout, first);
+    const std::int64_t steps = (last - first + Weights::kStep - 1) / Weights::kStep;
+    const std::int64_t x_block = first / kBlockInputs * kRowActivations<Weights>;
+    const std::int64_t x_in_block = first % kBlockInputs / Weights::kStep * kPerStep<Weights>;
     for (std::int64_t p = 0; p < panels; ++p) {
-      const std::byte* panel = weight.storage.data() + (first_panel + p) * layout.panel_bytes;
-      const typename Weights::Lane* slice;
+      const std::byte* panel = panel_0 + p * layout.panel_bytes;
+      const std::byte* slice = panel + first / Weights::kStep * Weights::kStepBytes;
       const float* scale = nullptr;
-      if (is_int8) {
-        auto* widened = scratch.widened + worker * kWidenedLanes;
-        widen_codes(reinterpret_cast<const std::int8_t*>(panel) + first * kPanelOutputs,
-                    last - first, reinterpret_cast<CodeWeights::Lane*>(widened));
-        slice = widened;
+      float* total = totals + p * plan.task_tokens * kPanelOutputs;
+      if constexpr (kIsInt8) {
         scale = reinterpret_cast<const float*>(panel + layout.weight_bytes) +
                 first / layout.group_inputs * kPanelOutputs;
-      } else {
-        slice = reinterpret_cast<const typename Weights::Lane*>(panel) +
-                first / Weights::kStep * kPanelOutputs;
+        if (tokens <= kFusedTokens) {
+          multiply_tile<CodeWeights>(static_cast<int>(tokens), x + x_block * tokens + x_in_block,
+                                     slice, steps, scale, first == 0, total);
+          continue;
+        }
+        widen_slice(slice, last - first, widened);
+        slice = reinterpret_cast<const std::byte*>(widened);
       }
       for (std::int64_t t = 0; t < tokens; t += kTileTokens) {
         const auto m = static_cast<int>(std::min<std::int64_t>(kTileTokens, tokens - t));
-        multiply_tile<Weights>(m,
-                               scratch.x + (first_token + t) * x_row +
-                                   block * m * kRowActivations<Weights> +
-                                   in_block / Weights::kStep * kPerStep<Weights>,
-                               slice, (last - first) / Weights::kStep, scale, first == 0,
-                               totals + (p * plan.task_tokens + t) * kPanelOutputs);
+        const auto* x_tile = x + t * x_row + x_block * m + x_in_block;
+        multiply_tile<Widened>(m, x_tile, slice, steps, scale, first == 0,
+                               total + t * kPanelOutputs);
       }
     }
-    first = last;
   }
 
   for (std::int64_t p = 0; p < panels; ++p) {

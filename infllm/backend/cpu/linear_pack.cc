@@ -84,14 +84,12 @@ Status pack_int8_panel(std::span<const TensorView> parts, std::int64_t panel,
   std::vector<float> scales(static_cast<std::size_t>(rows * layout.groups));
   INFLLM_TRY(quantize_int8(TensorView::matrix(matrix.data(), DType::kF32, rows, inputs),
                            weight.group_size, codes.data(), scales.data()));
-  constexpr std::int64_t kPlaceOf[kInputQuad] = {0, 2, 1, 3};
   std::memset(out, 0, static_cast<std::size_t>(layout.panel_bytes));
   auto* packed = reinterpret_cast<std::int8_t*>(out);
   auto* packed_scales = reinterpret_cast<float*>(out + layout.weight_bytes);
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t k = 0; k < inputs; ++k) {
-      const std::int64_t lane = k / kInputQuad * kPanelOutputs + r;
-      packed[lane * kInputQuad + kPlaceOf[k % kInputQuad]] = codes[r * inputs + k];
+      packed[code_place(k, r)] = codes[r * inputs + k];
     }
     for (std::int64_t g = 0; g < layout.groups; ++g) {
       packed_scales[g * kPanelOutputs + r] = scales[r * layout.groups + g];
@@ -104,10 +102,10 @@ Status check_format(WeightFormat format, std::int32_t group_size) {
   if (format == WeightFormat::kF64) {
     return unsupported("pack_linear: f64 weights live on the device \"reference\"; ask for f32");
   }
-  if (format == WeightFormat::kI8 && group_size % kInputQuad != 0) {
+  if (format == WeightFormat::kI8 && group_size % 2 != 0) {
     return unsupported(fmt::format(
-        "pack_linear: group_size = {}, expected a multiple of {} (or 0: one scale per output)",
-        group_size, kInputQuad));
+        "pack_linear: group_size = {}, expected an even number (or 0: one scale per output)",
+        group_size));
   }
   return {};
 }
@@ -118,7 +116,7 @@ PanelLayout panel_layout(std::int64_t outputs, std::int64_t inputs, WeightFormat
                          std::int32_t group_size) {
   PanelLayout layout;
   layout.panels = (outputs + kPanelOutputs - 1) / kPanelOutputs;
-  layout.inputs = (inputs + kInputQuad - 1) / kInputQuad * kInputQuad;
+  layout.inputs = (inputs + 1) / 2 * 2;
   std::int64_t value_bytes = 4;
   if (format == WeightFormat::kBF16) value_bytes = 2;
   if (format == WeightFormat::kI8) {

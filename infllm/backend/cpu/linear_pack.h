@@ -8,11 +8,11 @@
 //
 //   kF32   [panels][inputs][64]          float
 //   kBF16  [panels][inputs / 2][64][2]   two neighbouring inputs in one 32-bit lane (dot_pairs)
-//   kI8    [panels] of { [inputs / 4][64][4] codes, [groups][64] float scales }
-//          the four codes of a lane are inputs 0, 2, 1, 3 of their quad: the even bytes make one
-//          bf16 pair, the odd bytes the next
+//   kI8    [panels] of { [inputs / 2][2][64] codes, [groups][64] float scales }
+//          64 codes are two inputs of 32 outputs, ordered for unpacking within 128 bits
+//          (code_place)
 //
-// Inputs are padded to a multiple of 4 and outputs to a multiple of 64, both with zeros.
+// Inputs are padded to an even number and outputs to a multiple of 64, both with zeros.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,14 @@
 namespace infllm::cpu {
 
 inline constexpr std::int64_t kPanelOutputs = 64;
-inline constexpr std::int64_t kInputQuad = 4;
+
+// Where the code of (input, output) lies in its panel. In each 16 bytes the lower half holds the
+// pairs of outputs 4i .. 4i + 3 and the upper half those of outputs 16 + 4i ..: unpacking the lower
+// halves of a 64-byte vector yields outputs 0 .. 15 in order, the upper halves outputs 16 .. 31.
+constexpr std::int64_t code_place(std::int64_t input, std::int64_t output) {
+  return input / 2 * 128 + output / 32 * 64 + output % 16 / 4 * 16 + output % 32 / 16 * 8 +
+         output % 4 * 2 + input % 2;
+}
 
 struct PanelLayout {
   std::int64_t panels = 0;
@@ -41,7 +48,7 @@ inline PanelLayout panel_layout(const LinearWeight& weight) {
   return panel_layout(weight.outputs, weight.inputs, weight.format, weight.group_size);
 }
 
-// The cell of every cpu column. kUnsupported: kF64, and groups that are no multiple of 4 inputs.
+// The cell of every cpu column. kUnsupported: kF64, and groups of an odd number of inputs.
 Result<LinearWeight> pack_linear(const Backend& backend, std::span<const TensorView> parts,
                                  WeightFormat format, std::int32_t group_size);
 

@@ -11,11 +11,15 @@ namespace infllm::cpu {
 // registers.
 inline constexpr int kTileTokens = 6;
 
+// Tokens up to which int8 codes are widened in registers; for more, a slice is widened to scratch
+// and multiplied as bf16.
+inline constexpr int kFusedTokens = 4;
+
 // Inputs that are summed in registers before they are added to the running total.
-inline constexpr std::int64_t kBlockInputs = 256;
+inline constexpr std::int64_t kBlockInputs = 512;
 
 // Tokens and panels of one task of a prefill.
-inline constexpr std::int64_t kTaskTokens = 32 * kTileTokens;
-inline constexpr std::int64_t kTaskPanels = 4;
+inline constexpr std::int64_t kTaskTokens = 16 * kTileTokens;
+inline constexpr std::int64_t kTaskPanels = 8;
 
 }  // namespace infllm::cpu
