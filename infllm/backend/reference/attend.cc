@@ -19,23 +19,25 @@ Status attend(const Backend& backend, const AttendParams& p, Workspace workspace
     auto* positions = arena.take<std::int32_t>(longest * backend.pool->size());
     Real* weights = arena.take<Real>(longest * backend.pool->size());
     Real* sums = arena.take<Real>(dim * backend.pool->size());
+    Real* queries = arena.take<Real>(dim * backend.pool->size());
 
     backend.pool->parallel_for(p.batch.num_tokens, [&](std::int64_t token, int worker) {
       const Place place = place_of(p.batch, token);
       std::int32_t* vis = positions + longest * worker;
       Real* x = weights + longest * worker;
       Real* acc = sums + dim * worker;
+      Real* q = queries + dim * worker;
       for (std::int32_t g = 0; g < groups; ++g) {
         const std::int64_t count = visible_positions(p, place, token, g, vis);
         for (std::int32_t h = g * heads; h < (g + 1) * heads; ++h) {
           const std::int64_t row = (token * p.heads_q + h) * dim;
-          const double* q = static_cast<const double*>(p.q) + row;
+          round_row(static_cast<const double*>(p.q) + row, dim, rounding.operand, q);
           double* o = static_cast<double*>(p.o) + row;
 
           // x_t = scale q . K_t, then exp(x_t - M).
           for (std::int64_t i = 0; i < count; ++i) {
             const double* key = pages.key(place.sequence, g, vis[i]);
-            x[i] = static_cast<Real>(p.scale) * dot<Real>(q, key, dim, rounding.operand);
+            x[i] = static_cast<Real>(p.scale) * dot<Real>(q, key, dim);
           }
           const Softmax<Real> s = exponentiate(x, count);
           // O = sum exp(x_t - M) V_t / Z.
@@ -64,6 +66,7 @@ std::size_t attend_workspace_bytes(const Backend& backend, const AttendParams& p
   ArenaSize size;
   size.take<std::int32_t>(p.batch.max_kv_length * workers);
   size.take<double>(p.batch.max_kv_length * workers);
+  size.take<double>(p.pages.layout.head_dim * workers);
   size.take<double>(p.pages.layout.head_dim * workers);
   return size.bytes();
 }

@@ -25,7 +25,7 @@ class Backward {
         dim_(f_.pages.layout.head_dim) {}
 
   void run(std::int32_t sequence, std::int64_t first_key, std::int32_t group,
-           std::int32_t* positions) const {
+           std::int32_t* positions, double* rows) const {
     const std::int64_t length = f_.batch.kv_length[sequence];
     const auto key_row = [&](std::int64_t t) { return ((first_key + t) * groups_ + group) * dim_; };
     for (std::int64_t t = 0; t < length; ++t) {
@@ -38,9 +38,11 @@ class Backward {
       const std::int64_t count = visible_positions(f_, place, token, group, positions);
       for (std::int32_t h = group * heads_; h < (group + 1) * heads_; ++h) {
         const std::int64_t row = (token * f_.heads_q + h) * dim_;
-        const double* q = at<const double>(f_.q, row);
+        double* q = rows;
+        double* grad_o = rows + dim_;
+        round_row(at<const double>(f_.q, row), dim_, rounding_.operand, q);
+        round_row(at<const double>(p_.grad_o, row), dim_, rounding_.operand, grad_o);
         const double* o = at<const double>(f_.o, row);
-        const double* grad_o = at<const double>(p_.grad_o, row);
         double* grad_q = at<double>(p_.grad_q, row);
         const std::int64_t stat = std::int64_t{h} * f_.batch.num_tokens + token;
         const double lse = *at<const double>(f_.lse, stat);
@@ -52,9 +54,9 @@ class Backward {
           const std::int64_t t = positions[i];
           const double* key = pages_.key(sequence, group, t);
           const double* value = pages_.value(sequence, group, t);
-          const double x = f_.scale * dot<double>(q, key, dim_, rounding_.operand);
+          const double x = f_.scale * dot<double>(q, key, dim_);
           const double weight = std::exp(x - lse);
-          const double grad_weight = dot<double>(grad_o, value, dim_, rounding_.operand);
+          const double grad_weight = dot<double>(grad_o, value, dim_);
           const double grad_x = weight * (grad_weight - delta + grad_lse);
           add(grad_q, f_.scale * operand(grad_x), key);
           add(at<double>(p_.grad_k, key_row(t)), f_.scale * operand(grad_x), q);
@@ -72,11 +74,9 @@ class Backward {
  private:
   double operand(double value) const { return round_to(rounding_.operand, value); }
   void add(double* sum, double factor, const double* row) const {
-    for (std::int64_t d = 0; d < dim_; ++d) sum[d] += factor * operand(row[d]);
+    for (std::int64_t d = 0; d < dim_; ++d) sum[d] += factor * row[d];
   }
-  void round(double* row) const {
-    for (std::int64_t d = 0; d < dim_; ++d) row[d] = round_to(rounding_.output, row[d]);
-  }
+  void round(double* row) const { round_row(row, dim_, rounding_.output, row); }
 
   const AttendBackwardParams& p_;
   const AttendParams& f_;
@@ -96,6 +96,8 @@ Status attend_backward(const Backend& backend, const AttendBackwardParams& p, Wo
   Arena arena(workspace);
   auto* positions = arena.take<std::int32_t>(batch.max_kv_length * backend.pool->size());
   auto* first_key = arena.take<std::int64_t>(batch.num_sequences);
+  const std::int64_t dim = p.forward.pages.layout.head_dim;
+  auto* rows = arena.take<double>(2 * dim * backend.pool->size());
   std::int64_t keys = 0;
   for (std::int32_t s = 0; s < batch.num_sequences; ++s) {
     first_key[s] = keys;
@@ -105,7 +107,7 @@ Status attend_backward(const Backend& backend, const AttendBackwardParams& p, Wo
   backend.pool->parallel_for(tasks, [&](std::int64_t task, int worker) {
     const auto sequence = static_cast<std::int32_t>(task / groups);
     backward.run(sequence, first_key[sequence], static_cast<std::int32_t>(task % groups),
-                 positions + std::int64_t{batch.max_kv_length} * worker);
+                 positions + std::int64_t{batch.max_kv_length} * worker, rows + 2 * dim * worker);
   });
   return {};
 }
@@ -114,6 +116,7 @@ std::size_t attend_backward_workspace_bytes(const Backend& backend, const Attend
   ArenaSize size;
   size.take<std::int32_t>(std::int64_t{p.forward.batch.max_kv_length} * backend.pool->size());
   size.take<std::int64_t>(p.forward.batch.num_sequences);
+  size.take<double>(std::int64_t{2} * p.forward.pages.layout.head_dim * backend.pool->size());
   return size.bytes();
 }
 

@@ -6,6 +6,7 @@
 
 #include "infllm/backend/reference/math.h"
 #include "infllm/backend/reference/rows.h"
+#include "infllm/core/arena.h"
 
 namespace infllm::reference {
 namespace {
@@ -47,18 +48,20 @@ Result<LinearWeight> pack_linear(const Backend& backend, std::span<const TensorV
   return weight;
 }
 
-Status linear(const Backend& backend, const LinearParams& p, Workspace) {
+Status linear(const Backend& backend, const LinearParams& p, Workspace workspace) {
   const Rounding rounding = rounding_of(backend);
   const std::int64_t outputs = p.weight->outputs;
   const std::int64_t inputs = p.weight->inputs;
   const auto* w = p.weight->storage.as<double>();
-  const auto* x = static_cast<const double*>(p.x);
   auto* y = static_cast<double*>(p.y);
   with_accumulator(rounding, [&](auto zero) {
     using Real = decltype(zero);
+    Arena arena(workspace);
+    Real* x = arena.take<Real>(p.tokens * inputs);
+    round_row(static_cast<const double*>(p.x), p.tokens * inputs, rounding.operand, x);
     backend.pool->parallel_for(outputs, [&](std::int64_t output, int) {
       for (std::int64_t t = 0; t < p.tokens; ++t) {
-        const Real sum = dot<Real>(x + t * inputs, w + output * inputs, inputs, rounding.operand);
+        const Real sum = dot<Real>(x + t * inputs, w + output * inputs, inputs);
         double& out = y[t * outputs + output];
         const Real old = p.accumulate ? static_cast<Real>(out) : Real{0};
         out = round_to(rounding.output, old + static_cast<Real>(p.alpha) * sum);
@@ -66,6 +69,12 @@ Status linear(const Backend& backend, const LinearParams& p, Workspace) {
     });
   });
   return {};
+}
+
+std::size_t linear_workspace_bytes(const Backend&, const LinearParams& p) {
+  ArenaSize size;
+  size.take<double>(p.tokens * p.weight->inputs);
+  return size.bytes();
 }
 
 }  // namespace infllm::reference

@@ -13,13 +13,17 @@ namespace infllm::reference {
 
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// q . k, with q rounded as an operand; k comes from the cache and is rounded already.
+// The row as operand of products.
 template <typename Real>
-Real dot(const double* q, const double* k, std::int64_t dim, DType operand) {
+void round_row(const double* row, std::int64_t count, DType operand, Real* out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<Real>(round_to(operand, row[i]));
+}
+
+// q . k; both are rounded already.
+template <typename Real>
+Real dot(const Real* q, const double* k, std::int64_t dim) {
   Real sum = 0;
-  for (std::int64_t d = 0; d < dim; ++d) {
-    sum += static_cast<Real>(round_to(operand, q[d])) * static_cast<Real>(k[d]);
-  }
+  for (std::int64_t d = 0; d < dim; ++d) sum += q[d] * static_cast<Real>(k[d]);
   return sum;
 }
 

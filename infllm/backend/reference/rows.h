@@ -25,6 +25,7 @@ std::size_t attend_backward_workspace_bytes(const Backend&, const AttendBackward
 Result<LinearWeight> pack_linear(const Backend&, std::span<const TensorView> parts, WeightFormat,
                                  std::int32_t group_size);
 Status linear(const Backend&, const LinearParams&, Workspace);
+std::size_t linear_workspace_bytes(const Backend&, const LinearParams&);
 Result<EmbeddingTable> upload_table(const Backend&, const TensorView&);
 Status embed(const Backend&, const EmbedParams&, Workspace);
 Status rms_norm(const Backend&, const RmsNormParams&, Workspace);

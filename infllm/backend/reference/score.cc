@@ -12,6 +12,7 @@ template <typename Real>
 struct Scratch {
   Real* logits;  // [windows of the longest sequence]
   Real* sums;    // [windows of the longest sequence], S
+  Real* q;       // [D], rounded
 };
 
 template <typename Real>
@@ -26,15 +27,16 @@ class Scorer {
     const std::int64_t fine = config.fine_windows(place.position + 1);
     const std::int64_t coarse = config.coarse_windows(place.position + 1);
     const std::int32_t heads = p_.heads_q / p_.pages.layout.kv_heads;
+    const std::int64_t dim = p_.pages.layout.head_dim;
     for (std::int64_t j = 0; j < fine; ++j) scratch.sums[j] = 0;
     const bool from_coarse = config.lse_source == LseSource::kCoarse;
     if ((from_coarse ? coarse : fine) == 0) return;  // nothing to normalise by: all scores are 0
 
     for (std::int32_t h = group * heads; h < (group + 1) * heads; ++h) {
-      const double* q =
-          static_cast<const double*>(p_.q) + (token * p_.heads_q + h) * p_.pages.layout.head_dim;
+      const double* q = static_cast<const double*>(p_.q) + (token * p_.heads_q + h) * dim;
+      round_row(q, dim, operand_, scratch.q);
       const auto logit = [&](const double* key) {
-        return static_cast<Real>(p_.scale) * dot<Real>(q, key, p_.pages.layout.head_dim, operand_);
+        return static_cast<Real>(p_.scale) * dot<Real>(scratch.q, key, dim);
       };
       const std::int64_t count = from_coarse ? coarse : fine;
       for (std::int64_t m = 0; m < count; ++m) {
@@ -84,18 +86,24 @@ class Scorer {
 
 Status score(const Backend& backend, const ScoreParams& p, Workspace workspace) {
   const std::int64_t windows = p.config.fine_windows(p.batch.max_kv_length);
+  const std::int64_t dim = p.pages.layout.head_dim;
   const std::int32_t groups = p.pages.layout.kv_heads;
+  const std::int64_t workers = backend.pool->size();
   with_accumulator(rounding_of(backend), [&](auto zero) {
     using Real = decltype(zero);
     const Scorer<Real> scorer(backend, p);
     Arena arena(workspace);
-    Real* scratch = arena.take<Real>(2 * windows * backend.pool->size());
+    Real* logits = arena.take<Real>(windows * workers);
+    Real* sums = arena.take<Real>(windows * workers);
+    Real* q = arena.take<Real>(dim * workers);
     backend.pool->parallel_for(p.batch.num_tokens, [&](std::int64_t token, int worker) {
       const Place place = place_of(p.batch, token);
       if (!is_sparse(p.batch, place.sequence)) return;
-      Real* mine = scratch + 2 * windows * worker;
       for (std::int32_t group = 0; group < groups; ++group) {
-        scorer.score_blocks(place, token, group, {.logits = mine, .sums = mine + windows});
+        scorer.score_blocks(place, token, group,
+                            {.logits = logits + windows * worker,
+                             .sums = sums + windows * worker,
+                             .q = q + dim * worker});
       }
     });
   });
@@ -103,8 +111,12 @@ Status score(const Backend& backend, const ScoreParams& p, Workspace workspace) 
 }
 
 std::size_t score_workspace_bytes(const Backend& backend, const ScoreParams& p) {
+  const std::int64_t windows = p.config.fine_windows(p.batch.max_kv_length);
+  const std::int64_t workers = backend.pool->size();
   ArenaSize size;
-  size.take<double>(2 * p.config.fine_windows(p.batch.max_kv_length) * backend.pool->size());
+  size.take<double>(windows * workers);
+  size.take<double>(windows * workers);
+  size.take<double>(p.pages.layout.head_dim * workers);
   return size.bytes();
 }
 

@@ -23,7 +23,7 @@ const Kernels& kernels() {
       .attend = {&attend, &attend_workspace_bytes},
       .attend_backward = {&attend_backward, &attend_backward_workspace_bytes},
       .pack_linear = &pack_linear,
-      .linear = {&linear},
+      .linear = {&linear, &linear_workspace_bytes},
       .upload_table = &upload_table,
       .embed = {&embed},
       .rms_norm = {&rms_norm},
