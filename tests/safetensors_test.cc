@@ -157,12 +157,15 @@ TEST(Safetensors, Fields) {
 TEST(Safetensors, SizesAreCountedWithoutOverflow) {
   // 2^32 * 2^32 elements wrap to zero bytes; 2^62 floats wrap to zero as well.
   EXPECT_THAT(tensor_message("U8", "[4294967296,4294967296]", "[0,0]", 0),
-              HasSubstr("expected more than 64 bits can count"));
+              HasSubstr("expected more than 63 bits can count"));
   EXPECT_THAT(tensor_message("F32", "[4611686018427387904]", "[0,0]", 0),
-              HasSubstr("expected more than 64 bits can count"));
+              HasSubstr("expected more than 63 bits can count"));
   // A zero among the dimensions does not hide an overflow before it.
   EXPECT_THAT(tensor_message("U8", "[4294967296,4294967296,0]", "[0,0]", 0),
-              HasSubstr("expected more than 64 bits can count"));
+              HasSubstr("expected more than 63 bits can count"));
+  // Nor one that fits 64 bits without a sign only: views count in int64.
+  EXPECT_THAT(tensor_message("U8", "[4611686018427387904,3,0]", "[0,0]", 0),
+              HasSubstr("expected more than 63 bits can count"));
   EXPECT_THAT(tensor_message("F32", "[2]", "[0,4]", 4),
               HasSubstr("of f32 [2] has 4 bytes in the file, expected 8"));
   EXPECT_THAT(tensor_message("F32", "[0]", "[0,4]", 4), HasSubstr("has 4 bytes in the file"));

@@ -41,9 +41,11 @@ std::optional<DType> parse_dtype(const Json& value) {
   return std::nullopt;
 }
 
-// a * b, unless it needs more than 64 bits. The one place that multiplies numbers of a file.
-std::optional<std::uint64_t> checked_product(std::uint64_t a, std::uint64_t b) {
-  std::uint64_t product = 0;
+// a * b, unless it needs more than 63 bits. The one place that multiplies numbers of a file. Every
+// partial product counts: TensorView multiplies its shape in int64, and a zero at the end does not
+// take an overflow back.
+std::optional<std::int64_t> checked_product(std::int64_t a, std::int64_t b) {
+  std::int64_t product = 0;
   if (__builtin_mul_overflow(a, b, &product)) return std::nullopt;
   return product;
 }
@@ -144,16 +146,15 @@ class Parser {
                                      "the {} bytes of data; is the file truncated?",
                                      span.begin, span.end, data_.size()));
     }
-    std::optional<std::uint64_t> bytes = static_cast<std::uint64_t>(size_of(view.dtype));
+    std::optional<std::int64_t> bytes = size_of(view.dtype);
     for (int i = 0; i < view.rank && bytes; ++i) {
-      bytes = checked_product(*bytes,
-                              static_cast<std::uint64_t>(view.shape[static_cast<std::size_t>(i)]));
+      bytes = checked_product(*bytes, view.shape[static_cast<std::size_t>(i)]);
     }
-    if (!bytes || *bytes != span.end - span.begin) {
+    if (!bytes || static_cast<std::uint64_t>(*bytes) != span.end - span.begin) {
       return wrong(
           name, fmt::format("of {} {} has {} bytes in the file, expected {}", name_of(view.dtype),
                             shape_string(view), span.end - span.begin,
-                            bytes ? fmt::to_string(*bytes) : "more than 64 bits can count"));
+                            bytes ? fmt::to_string(*bytes) : "more than 63 bits can count"));
     }
     return span;
   }
