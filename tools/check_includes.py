@@ -50,7 +50,6 @@ OUTSIDE = {
                   "fuzz"],
     "fmt/": ["infllm", "tests", "bench"],
     "CLI/": ["infllm/app", "bench"],
-    "spdlog/": ["infllm/app"],
     "boost/": ["infllm/app"],
     "hwy/": ["infllm/backend/cpu"],
     "gtest/": ["tests"],
@@ -59,7 +58,7 @@ OUTSIDE = {
 }
 # Seconds of compile time each: a header of ours may include one for the sources that need it, but
 # no further header may include that one.
-HEAVY = ("nlohmann/json.hpp", "CLI/", "spdlog/", "boost/")
+HEAVY = ("nlohmann/json.hpp", "CLI/", "boost/")
 
 CODE = {".h", ".cc", ".cu", ".cuh"}
 HEADERS = {".h", ".cuh"}

@@ -79,7 +79,6 @@ class CheckIncludesTest(unittest.TestCase):
         self.assertEqual(self.outside("infllm/backend/cpu/simd-inl.h", "hwy/highway.h"), [])
         for source, target in [
             ("infllm/engine/a.cc", "CLI/CLI.hpp"),
-            ("infllm/core/a.cc", "spdlog/spdlog.h"),
             ("infllm/engine/a.cc", "boost/beast.hpp"),
             ("infllm/ops/a.cc", "hwy/highway.h"),
             ("infllm/ops/a.cc", "nlohmann/json.hpp"),
