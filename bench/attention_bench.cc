@@ -282,7 +282,7 @@ Status run(const Options& options) {
           .dtype = options.dtype == "f32" ? DType::kF32 : DType::kBF16};
   b.peak =
       b.dtype == DType::kF32 ? peak_f32_flops(*b.backend.pool) : peak_bf16_flops(*b.backend.pool);
-  b.bandwidth = read_bandwidth(*b.backend.pool);
+  b.bandwidth = read_bandwidth(b.backend);
   fmt::print("{} {} with {} threads: {:.0f} GFLOP/s, {:.1f} GB/s; {} tokens, {}, chunks of {}\n",
              b.backend.name, shape->name, b.backend.pool->size(), b.peak / 1e9, b.bandwidth / 1e9,
              options.tokens, options.input, options.chunk);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "support/harness.h"
@@ -106,16 +105,20 @@ double flops(ThreadPool& pool, Burn burn) {
 double peak_f32_flops(ThreadPool& pool) { return flops(pool, best_f32()); }
 double peak_bf16_flops(ThreadPool& pool) { return flops(pool, best_bf16()); }
 
-double read_bandwidth(ThreadPool& pool) {
+double read_bandwidth(const Backend& backend) {
+  ThreadPool& pool = *backend.pool;
   constexpr std::int64_t kWords = std::int64_t{64} << 20;  // 512 MiB
   constexpr std::int64_t kPiece = 1 << 17;                 // 1 MiB tasks
-  const auto memory = std::make_unique<std::uint64_t[]>(kWords);
+  const Result<Buffer> buffer = allocate(backend, kWords * sizeof(std::uint64_t));
+  if (!buffer.ok()) return 0;
+  auto* memory = buffer->as<std::uint64_t>();
+  std::fill(memory, memory + kWords, 1);
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(pool.size()) * 8);
   double best = 0;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const double start = now_seconds();
     pool.parallel_for(kWords / kPiece, [&](std::int64_t task, int worker) {
-      const std::uint64_t* from = memory.get() + task * kPiece;
+      const std::uint64_t* from = memory + task * kPiece;
       std::uint64_t sum[8] = {};
       for (std::int64_t i = 0; i < kPiece; i += 8) {
         for (int j = 0; j < 8; ++j) sum[j] += from[i + j];

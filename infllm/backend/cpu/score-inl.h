@@ -11,6 +11,8 @@
 // sums then go through memory to a last pass that takes the maxima.
 #pragma once
 
+#include <hwy/cache_control.h>
+
 #include <cstring>
 
 #include "infllm/backend/cpu/page.h"
@@ -18,6 +20,9 @@
 #include "infllm/ops/kernels.h"
 
 INFLLM_CPU_BEGIN
+
+inline constexpr std::int64_t kAheadOfGather = 4096;  // bytes
+inline constexpr std::int64_t kLineBytes = 64;
 
 struct ScorePlan {
   explicit ScorePlan(const ScoreParams& params)
@@ -276,15 +281,24 @@ class Scorer {
     w.softmax.reset(rows);
   }
 
-  // `count` windows from `first` on, as [D / per, 64]; lanes after them keep whatever they had.
+  // `count` windows from `first` on, as [D / per, 64]; lanes after them keep whatever they had. A
+  // page contributes one short piece, which no hardware prefetcher expects: they are fetched
+  // kAheadOfGather bytes early.
   void gather(const Sequence& sequence, const PooledKeys& keys, std::int64_t first, int count,
               Element* to) const {
+    const std::int64_t steps = plan_.head_dim / Num::kPer;
+    const std::int64_t bytes = steps * keys.rows * static_cast<std::int64_t>(sizeof(Element));
+    const std::int64_t pages = ceil_div(sequence.length, kPageTokens);
     for (int i = 0; i < count;) {
-      const std::int64_t window = first + i;
-      const auto* from = sequence.plane<const Element>(window / keys.rows, keys.offset);
-      const std::int64_t slot = window % keys.rows;
+      const std::int64_t page = (first + i) / keys.rows;
+      const std::int64_t slot = (first + i) % keys.rows;
       const int run = static_cast<int>(std::min<std::int64_t>(keys.rows - slot, count - i));
-      const std::int64_t steps = plan_.head_dim / Num::kPer;
+      const auto* from = sequence.plane<const Element>(page, keys.offset);
+      const std::int64_t later = page + ceil_div(kAheadOfGather, bytes);
+      if (later < pages) {
+        const auto* line = sequence.plane<const std::byte>(later, keys.offset);
+        for (std::int64_t at = 0; at < bytes; at += kLineBytes) hwy::Prefetch(line + at);
+      }
       if (run == 4) {  // the released windows: a page's four at once
         for (std::int64_t k = 0; k < steps; ++k) {
           std::memcpy(to + k * kPageTokens + i, from + k * keys.rows + slot, 4 * sizeof(Element));

@@ -40,9 +40,10 @@ HWY_INLINE void mask_after(float* s, int limit) {
 }
 
 // A tile holds a logit that is larger than m: raises m to its maximum and rescales l and, if it is
-// not null, o [dim]. Rare after the first tiles, so it is a branch instead of a factor for every row
-// and tile. (A maximum that may lag, by a factor of 2^8 say, would be rarer still, but then the
-// heaviest weight is no longer exactly 1 and its rounding to bf16 triples the error of peaked rows.)
+// not null, o [dim]. Rare after the first tiles, so it is a branch instead of a factor for every
+// row and tile. (A maximum that may lag, by a factor of 2^8 say, would be rarer still, but then the
+// heaviest weight is no longer exactly 1 and its rounding to bf16 triples the error of peaked
+// rows.)
 inline void raise_maximum(const RunningSoftmax& state, std::int64_t row, float maximum, float* o,
                           std::int64_t dim) {
   const F32 d;

@@ -8,8 +8,6 @@
 // step of k is 24 dot products on 4 + 6 loads, which the load ports hide.
 #pragma once
 
-#include <hwy/cache_control.h>
-
 #include <bit>
 
 #include "infllm/backend/cpu/dot-inl.h"
@@ -31,9 +29,11 @@ inline constexpr int kMicroVectors = 4;
 
 inline constexpr int kLanes = static_cast<int>(HWY_LANES(float));
 
-// What a step of a product may fetch of the next tile: two cache lines. Sixteen rows, the least
-// that a decode step of a group of 16 has, then cover a whole tile.
+// What a step of a product may fetch of the next tile: two cache lines, into L2, because L1 is full
+// of the current tile. Fetching two lines a step is what lets eight rows of head dimension 64 cover
+// a whole tile.
 inline constexpr std::int64_t kAheadBytes = 128;
+inline constexpr int kIntoL2 = 2;  // of __builtin_prefetch
 
 // Cached values of type bf16: pairs.
 struct Pairs {
@@ -131,8 +131,8 @@ HWY_INLINE void micro_product(const typename Num::Element* const* a, const typen
   const typename Num::Element* row = b + column;
   for (std::int64_t k = 0; k < steps; ++k, row += stride) {
     if constexpr (kAhead) {
-      hwy::Prefetch(ahead + k * kAheadBytes);
-      hwy::Prefetch(ahead + k * kAheadBytes + kAheadBytes / 2);
+      __builtin_prefetch(ahead + k * kAheadBytes, 0, kIntoL2);
+      __builtin_prefetch(ahead + k * kAheadBytes + kAheadBytes / 2, 0, kIntoL2);
     }
     typename Num::Vector tile[kVectors];
 #pragma GCC unroll 8
