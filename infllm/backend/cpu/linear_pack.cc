@@ -154,7 +154,9 @@ Result<LinearWeight> pack_linear(const Backend& backend, std::span<const TensorV
         return pack_panel<float>(parts, panel, weight.inputs, layout.inputs, out);
     }
   });
-  for (const Status& failure : failures) INFLLM_TRY(Status(failure));
+  for (const Status& failure : failures) {
+    if (!failure.ok()) return failure;
+  }
   return weight;
 }
 
