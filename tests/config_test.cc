@@ -376,32 +376,5 @@ TEST(ReadConfig, MessagesNameTheFolder) {
   std::filesystem::remove_all(folder);
 }
 
-TEST(Rope, TablesFollowTheFormula) {
-  RopeConfig config{.type = RopeType::kLongRope, .original_max_positions = 100};
-  config.short_factor = {1.0f, 1.5f};
-  config.long_factor = {2.0f, 4.0f};
-  const Rope rope(config, 4, 100);
-  EXPECT_EQ(rope.switch_length(), 100);
-  EXPECT_EQ(rope.attention_factor(), 1.0f);
-  float cos[2];
-  float sin[2];
-  rope.row(30, 100, cos, sin);
-  EXPECT_FLOAT_EQ(cos[1], std::cos(30.0f * (1.0f / 1.5f) * 0.01f));
-  rope.row(30, 101, cos, sin);
-  EXPECT_FLOAT_EQ(cos[0], std::cos(30.0f / 2.0f));
-  EXPECT_FLOAT_EQ(sin[1], std::sin(30.0f / 4.0f * 0.01f));
-}
-
-TEST(Rope, AttentionFactorGrowsWithTheStretch) {
-  RopeConfig config{.type = RopeType::kLongRope, .factor = 0, .original_max_positions = 32768};
-  config.short_factor = config.long_factor = {1.0f};
-  EXPECT_FLOAT_EQ(Rope(config, 2, 32768).attention_factor(), 1);
-  const double expected = std::sqrt(1 + std::log(4.0) / std::log(32768.0));
-  EXPECT_FLOAT_EQ(Rope(config, 2, 131072).attention_factor(), static_cast<float>(expected));
-  config.attention_factor = 1.0;
-  EXPECT_FLOAT_EQ(Rope(config, 2, 131072).attention_factor(), 1) << "the override";
-  EXPECT_EQ(Rope(config, 2, 131072).switch_length(), 0) << "both sets are the same";
-}
-
 }  // namespace
 }  // namespace infllm::model

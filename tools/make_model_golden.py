@@ -18,6 +18,8 @@ A case is a folder: config.json in the hub's spelling, one or two safetensors fi
                         best logits on its way, and for bf16 the largest error of the bf16 run
     golden.safetensors  "logits" [rows, vocab] of the float32 run
 
+rope.json holds what transformers computes for every rope type that it and we know.
+
 Seeds are searched until the greedy text has a margin that float32 rounding cannot turn around.
 """
 
@@ -29,6 +31,8 @@ import sys
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 VOCAB = 320
 HEAD_DIM = 64
@@ -112,7 +116,8 @@ def add_mup(model, config):
 def build(case, seed):
     """The model in float32, with values that its checkpoint's dtype can hold."""
     config = config_json(case)
-    known = {k: v for k, v in config.items() if k not in MUP and k not in ("rope_scaling", "rope_theta")}
+    ours = {*MUP, "rope_scaling", "rope_theta"}
+    known = {k: v for k, v in config.items() if k not in ours}
     known["model_type"] = "llama"
     rope = dict(config["rope_scaling"] or {"rope_type": "default"}, rope_theta=config["rope_theta"])
     model = LlamaForCausalLM(LlamaConfig(**known, rope_parameters=rope)).eval().float()
@@ -194,9 +199,41 @@ def make(folder, name, case):
     print(f"{name}: seed {seed}, margin {margin:.2e}, {len(set(text))} different tokens")
 
 
+ROPE_CASES = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "longrope", "short_factor": long_factors(1.5), "long_factor": long_factors(40.0),
+     "original_max_position_embeddings": 4096},
+    LLAMA3 | {"original_max_position_embeddings": 8192},
+    YARN | {"original_max_position_embeddings": 8192},
+    YARN | {"original_max_position_embeddings": 4096, "beta_fast": 16.0, "beta_slow": 2.0,
+            "mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False},
+]
+
+
+def make_rope(path):
+    """Inverse frequencies and attention factors, for sequences below and above the original."""
+    out = []
+    for rope in ROPE_CASES:
+        config = config_json(CASES["llama-group1"]) | {"max_position_embeddings": 16384}
+        parameters = dict(rope, rope_theta=50000.0)
+        hf = LlamaConfig(head_dim=HEAD_DIM, max_position_embeddings=16384, hidden_size=64,
+                         num_attention_heads=1, rope_parameters=dict(parameters))
+        for length in (100, 16000):
+            if rope["rope_type"] == "default":
+                inverse, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(hf)
+            else:
+                inverse, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, seq_len=length)
+            config = config | {"rope_scaling": rope, "rope_theta": 50000.0}
+            out.append({"config": config, "length": length, "attention_factor": float(factor),
+                        "inverse_frequencies": inverse.tolist()})
+    path.write_text(json.dumps(out) + "\n")
+
+
 def main():
     root = pathlib.Path(sys.argv[1])
     torch.set_num_threads(1)
+    make_rope(root / "rope.json")
     for name, case in CASES.items():
         make(root / name, name, case)
 

@@ -81,8 +81,8 @@ Result<ModelConfig> read_config(const std::filesystem::path& folder);
 // What the user changes on the command line; null leaves the checkpoint's value. A checkpoint
 // without sparse_config gets the released numbers as soon as one sparse field is set.
 struct Overrides {
-  std::optional<bool>
-      sparse;  // false: drop sparse_config; true: the released numbers if it has none
+  // false: drop sparse_config. true: the released numbers, if the checkpoint has none.
+  std::optional<bool> sparse;
   std::optional<std::int32_t> kernel_size, kernel_stride, init_blocks, block_size, window_size;
   std::optional<std::int32_t> topk, dense_len;
   std::optional<bool> use_nope, legacy_window;
@@ -94,7 +94,8 @@ struct Overrides {
 Status apply_overrides(ModelConfig& config, const Overrides& overrides);
 
 // True shapes for generated weights: "minicpm4-0.5b", "minicpm4-8b", "minicpm4.1-8b", "bitcpm4-1b".
-// Plain RoPE: LongRoPE's factors are a checkpoint's data, and cost nothing.
+// The 8B shapes come with the released sparse_config, the small ones without, like the models that
+// users run. Plain RoPE: LongRoPE's factors are a checkpoint's data, and cost nothing.
 Result<ModelConfig> named_config(std::string_view name);
 std::vector<std::string> named_configs();
 

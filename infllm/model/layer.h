@@ -31,7 +31,7 @@ struct ActivationPlan {
   std::size_t k_score = 0;  // [T, Hkv, D] before RoPE, only with use_nope
   std::size_t gate_up = 0;  // [T, 2 I], over qkv and its successors
   std::size_t gated = 0;    // [T, I]
-  std::size_t picked = 0;   // [R, H] rows that need logits, over hidden's successors
+  std::size_t picked = 0;   // [R, H] rows that need logits, over normed and its successors
   std::size_t bytes = 0;    // of all
 };
 ActivationPlan plan_activations(const ModelConfig& config, std::int64_t activation_bytes,
