@@ -15,12 +15,12 @@
 #include <string>
 #include <vector>
 
+#include "bench/support/attention_data.h"
+#include "bench/support/harness.h"
+#include "bench/support/peak.h"
 #include "infllm/backend/open.h"
 #include "infllm/ops/attend.h"
 #include "infllm/ops/kernels.h"
-#include "support/attention_data.h"
-#include "support/harness.h"
-#include "support/peak.h"
 
 namespace infllm::bench {
 namespace {

@@ -17,10 +17,10 @@
 #include <string>
 #include <vector>
 
+#include "bench/support/harness.h"
+#include "bench/support/peak.h"
 #include "infllm/backend/open.h"
 #include "infllm/ops/kernels.h"
-#include "support/harness.h"
-#include "support/peak.h"
 
 namespace infllm::bench {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "support/attention_data.h"
+#include "bench/support/attention_data.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "support/harness.h"
+#include "bench/support/harness.h"
 
 #include <fmt/chrono.h>
 #include <fmt/format.h>

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "support/peak.h"
+#include "bench/support/peak.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "support/harness.h"
+#include "bench/support/harness.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
