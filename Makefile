@@ -36,7 +36,7 @@ bench:  ## run the benchmarks, add their lines to bench/results, render the tabl
 	tools/install_deps.sh build test
 	cmake --preset release -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS) --target benches infllm
-	for bench in $(RELEASE)/bench/*_bench; do "$$bench" --output bench/results/cpu.jsonl || exit; done
+	tools/bench.sh $(RELEASE) bench/results/cpu.jsonl
 	$(MAKE) render
 
 fuzz:  ## every fuzz target for FUZZ_SECONDS (60), from the seeds in fuzz/corpus
