@@ -78,12 +78,9 @@ class FactSet:
     questions: list
 
 
-def plain_fact(attribute: str, name: str, value: str) -> tuple:
-    """The two statements of `single` and `multi_key`."""
-    return (
-        f"The {attribute} of {name} is {value}.",
-        f"Remember, for {name} the {attribute} is {value}.",
-    )
+def plain_fact(attribute: str, name: str, value: str) -> str:
+    """The statement of `single` and `multi_key`."""
+    return f"The {attribute} of {name} is {value}. Remember, for {name} the {attribute} is {value}."
 
 
 class Generator:
@@ -114,20 +111,13 @@ class Generator:
             return "".join(parts).capitalize()
         return f"{self.first.pop()} {self.second.pop()}"
 
-    def attribute(self) -> str:
-        return str(self.rng.choice(ATTRIBUTES))
-
-    def said(self, first: str, second: str) -> str:
-        """A fact's text from its two phrasings."""
-        return f"{first} {second}"
-
     def _key(self) -> int:
         self.keys += 1
         return self.keys
 
     def _plain(self, task, name) -> FactSet:
-        attribute, value, key = self.attribute(), self.value(), self._key()
-        text = self.said(*plain_fact(attribute, name, value))
+        attribute, value, key = self.rng.choice(ATTRIBUTES), self.value(), self._key()
+        text = plain_fact(attribute, name, value)
         question = f"What is the {attribute} of {name}?"
         return FactSet([Fact(text, key)], [Question(task, question, value, key)])
 
@@ -138,11 +128,11 @@ class Generator:
         """Four names over two first and two second words; one attribute, four questions."""
         a, b = self.first.pop(), self.first.pop()
         c, d = self.second.pop(), self.second.pop()
-        attribute = self.attribute()
+        attribute = self.rng.choice(ATTRIBUTES)
         result = FactSet([], [])
         for name in (f"{a} {c}", f"{a} {d}", f"{b} {c}", f"{b} {d}"):
             value, key = self.value(), self._key()
-            text = self.said(*plain_fact(attribute, name, value))
+            text = plain_fact(attribute, name, value)
             result.facts.append(Fact(text, key))
             result.questions.append(
                 Question("multi_key", f"What is the {attribute} of {name}?", value, key)
@@ -154,11 +144,7 @@ class Generator:
         values = [self.value() for _ in ORDINALS]
         facts = [
             Fact(
-                self.said(
-                    f"The {o} reading at {name} was {v}.",
-                    f"Note, at {name} the {o} reading was {v}.",
-                ),
-                key,
+                f"The {o} reading at {name} was {v}. Note, at {name} the {o} reading was {v}.", key
             )
             for o, v in zip(ORDINALS, values)
         ]
@@ -170,9 +156,9 @@ class Generator:
         facts = []
         for i in range(1, self.rng.integers(2, MAX_REVISIONS + 1) + 1):
             value = self.value()
-            text = self.said(
-                f"Revision {i} sets the limit of {name} to {value}.",
-                f"Thus, after revision {i} the limit of {name} is {value}.",
+            text = (
+                f"Revision {i} sets the limit of {name} to {value}. "
+                f"Thus, after revision {i} the limit of {name} is {value}."
             )
             facts.append(Fact(text, key, order=i))
         question = f"What is the limit of {name} after the last revision?"

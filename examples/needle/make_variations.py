@@ -38,7 +38,7 @@ def variations(rng):
         once = f"The {attribute} of {name} is {value}."
         yield "said_once", once, QUESTION.format(attribute, name), value
         name, value = generator.name(), generator.value()
-        text = "This is worth a note. " + " ".join(facts.plain_fact(attribute, name, value))
+        text = "This is worth a note. " + facts.plain_fact(attribute, name, value)
         yield "own_line_end", text, QUESTION.format(attribute, name), value
         name = "".join(rng.choice(facts.SYLLABLES, size=3)).capitalize()
         kinds = (
@@ -49,7 +49,7 @@ def variations(rng):
             ("six_digits", attribute, generator.name(), str(rng.integers(100_000, 1_000_000))),
         )
         for kind, thing, owner, number in kinds:
-            statement = " ".join(facts.plain_fact(thing, owner, number))
+            statement = facts.plain_fact(thing, owner, number)
             yield kind, statement, QUESTION.format(thing, owner), number
 
 

@@ -22,7 +22,6 @@ class Stage:
     steps: int
     buckets: tuple
     spread: float = 0.0  # share of samples whose RoPE positions have gaps
-    varied: float = 0.0  # share of samples whose facts come from variety.py
     align_rows: int = 512  # last rows on which selection is taught; 0: not at all
     align_layers: int = 6  # how many layers, drawn at random, are taught in one step
 
@@ -72,7 +71,6 @@ SMOKE = Recipe(
             20,
             (Bucket(512, 2, sparse=0.5), Bucket(1280, 1, sparse=0.5)),
             spread=0.5,
-            varied=0.5,
             align_rows=128,
         ),
     ),
@@ -123,34 +121,4 @@ LONG = Recipe(  # four GPUs, seven and a half minutes, from the weights of SHORT
     decay=0.35,
 )
 
-WIDE = Recipe(  # four GPUs, three minutes, from the weights of LONG: facts of more kinds
-    stages=(
-        Stage(
-            900,
-            (Bucket(4096, 12, 0.8, 0.25), Bucket(16384, 3, 0.2)),
-            spread=0.3,
-            varied=0.7,
-            align_rows=1024,
-            align_layers=3,
-        ),
-        Stage(
-            1200,
-            (
-                Bucket(4096, 12, 0.2, 0.3),
-                Bucket(8192, 6, 0.15),
-                Bucket(16384, 3, 0.2),
-                Bucket(32768, 1, 0.25, 0.3),
-                Bucket(40960, 1, 0.2),
-            ),
-            varied=0.6,
-            align_rows=1024,
-            align_layers=3,
-        ),
-    ),
-    adamw_rate=1e-3,
-    muon_rate=0.007,
-    warmup=50,
-    decay=0.6,
-)
-
-RECIPES = {"short": SHORT, "long": LONG, "wide": WIDE, "smoke": SMOKE}
+RECIPES = {"short": SHORT, "long": LONG, "smoke": SMOKE}

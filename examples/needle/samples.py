@@ -16,13 +16,11 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import re
 
 import corpus
 import facts
 import numpy as np
 import sentencepiece
-import variety
 
 REST, ANSWER, PAD = 1, 2, 0  # what a target token is
 LEAST_FILLER = 160  # tokens of real text in the shortest training document
@@ -129,8 +127,9 @@ def render_tokens(plan: facts.Plan, hay: Hay, codec: Codec) -> np.ndarray:
 TASK_WEIGHTS = {"single": 0.25, "multi_key": 0.15, "multi_value": 0.3, "last_update": 0.3}
 
 
-def draw_facts(rng, codec: Codec, budget: int, most_questions: int, generator):
+def draw_facts(rng, codec: Codec, budget: int, most_questions: int, invented_names=0.25):
     """Facts of at most `budget` tokens, and at most `most_questions` of their questions."""
+    generator = facts.Generator(rng, invented_names)
     wanted = most_questions if rng.random() < 0.5 else int(rng.integers(1, most_questions + 1))
     sets, used, questions = [], 0, 0
     spare = rng.random() < 0.5  # more facts than questions
@@ -164,16 +163,6 @@ def spread_positions(rng, length, tail, longest):
     return positions
 
 
-def words(rng, hay: Hay, codec: Codec, count=60):
-    """Plain lower-case words from somewhere in the real text, each once."""
-    found = set()
-    while len(found) < count:
-        start = int(rng.integers(0, len(hay.tokens) - 400))
-        text = codec.processor.decode(hay.tokens[start : start + 400].tolist())
-        found.update(re.findall(r"(?<= )[a-z]{4,10}(?= )", text))
-    return sorted(found)[:count]
-
-
 def dialogue(questions, codec: Codec):
     """Ids of all turns after the document, and what each id is."""
     ids, kinds = [], []
@@ -186,25 +175,14 @@ def dialogue(questions, codec: Codec):
 
 
 def conversation(
-    rng,
-    hay: Hay,
-    codec: Codec,
-    length: int,
-    spread=0.0,
-    longest=40960,
-    most_questions=None,
-    varied=0.0,
+    rng, hay: Hay, codec: Codec, length: int, spread=0.0, longest=40960, most_questions=None
 ):
     """One training sample: tokens and their kinds [length + 1], positions [length]."""
     most_questions = most_questions or int(np.clip(length // 100, 5, 24))
     share = rng.uniform(0.5, 0.8) if length <= 1024 else rng.uniform(0.2, 0.45)
     head = codec.head()
     while True:
-        if varied and rng.random() < varied:
-            generator = variety.VariedGenerator(rng, words(rng, hay, codec))
-        else:
-            generator = facts.Generator(rng, invented_names=0.25)
-        drawn = draw_facts(rng, codec, int(length * share), most_questions, generator)
+        drawn = draw_facts(rng, codec, int(length * share), most_questions)
         tail, kinds = dialogue(drawn.questions, codec)
         budget = length + 1 - len(head) - len(tail)
         if budget - sum(codec.count(" " + f.text) for f in drawn.facts) >= LEAST_FILLER:

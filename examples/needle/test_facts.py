@@ -110,7 +110,7 @@ def test_tokens_of_parts_are_tokens_of_the_text(codec, hay):
 
     haystack, units = hay
     rng = np.random.default_rng(8)
-    drawn = samples.draw_facts(rng, codec, 600, 6, facts.Generator(rng))
+    drawn = samples.draw_facts(rng, codec, 600, 6)
     plan = facts.plan_document(
         rng, haystack.unit_tokens, haystack.line_start, drawn.facts, 3000, codec.count
     )

@@ -66,13 +66,7 @@ class Steps(torch.utils.data.IterableDataset):
             rng = np.random.default_rng([self.seed, self.rank + 1, step])
             made = [
                 samples.conversation(
-                    rng,
-                    self.hay,
-                    codec,
-                    bucket.length,
-                    stage.spread,
-                    self.recipe.longest,
-                    varied=stage.varied,
+                    rng, self.hay, codec, bucket.length, stage.spread, self.recipe.longest
                 )
                 for _ in range(bucket.batch)
             ]
