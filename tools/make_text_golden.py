@@ -285,5 +285,117 @@ def write_tokenizers():
     write_json("json_gpt2", train_byte_level(lines, None, ignore_merges=False), atoms)
 
 
+
+# ---- templates -----------------------------------------------------------------------------------
+
+CONVERSATIONS = 1_000
+ROLES = ["system", "user", "assistant", "tool", "developer"]
+TOOLS = [
+    {"type": "function", "function": {"name": "search", "description": "Finds a \"needle\" <fast> & well",
+     "parameters": {"type": "object", "properties": {"query": {"type": "string"}, "top_k": {
+         "type": "integer", "default": 5, "enum": [1, 5, 10]}}, "required": ["query"]}}},
+    {"type": "function", "function": {"name": "clock", "description": "\u65f6\u949f \U0001f550",
+     "parameters": {"type": "object", "properties": {}, "strict": True, "scale": 0.5, "none": None}}},
+]
+CONTENTS = ["Hello", " leading", "trailing \n", "", "two\n\nparagraphs", "quote ' and \" and \\",
+            "<think>\nreasoning\n</think>\n\nanswer", "no open</think>rest", "\u4f60\u597d\uff01",
+            "<|im_end|>", "{{ not a tag }} {% nor this %}", "emoji \U0001f600 \u200b\u00a0", "/no_think",
+            "What is 2 + 2? /think", "tab\there", "<tool_response>1</tool_response>", "a" * 200, "\x00\x1f"]
+
+
+def conversation(index):
+    random = SplitMix(10_000 + index)
+    messages = []
+    if random.below(2):
+        messages.append({"role": "system", "content": CONTENTS[random.below(len(CONTENTS))]})
+    for turn in range(random.below(7)):
+        role = ["user", "assistant"][turn % 2] if random.below(8) else ROLES[random.below(len(ROLES))]
+        message = {"role": role, "content": CONTENTS[random.below(len(CONTENTS))]}
+        if role == "assistant" and random.below(4) == 0:
+            arguments = {"query": CONTENTS[random.below(len(CONTENTS))], "n": random.below(100),
+                         "x": random.below(1000) / 8, "flag": bool(random.below(2)), "list": [1, "a", None]}
+            message["tool_calls"] = [{"id": f"call_{turn}", "type": "function", "function": {
+                "name": "search", "arguments": arguments if random.below(2) else json.dumps(arguments)}}]
+            if random.below(2):
+                message["content"] = None
+        if role == "assistant" and random.below(4) == 0:
+            message["reasoning_content"] = CONTENTS[random.below(len(CONTENTS))]
+        if role == "user" and random.below(8) == 0:
+            message["content"] = [{"type": "text", "text": CONTENTS[random.below(len(CONTENTS))]},
+                                  {"type": "image"}, {"type": "text", "text": "end"}]
+        messages.append(message)
+    variables = {}
+    if random.below(3) == 0:
+        variables["tools"] = TOOLS[:1 + random.below(2)]
+    if random.below(3) == 0:
+        variables["documents"] = [{"title": "T", "text": CONTENTS[random.below(len(CONTENTS))]}]
+    return {"messages": messages, "add_generation_prompt": bool(random.below(2)),
+            "enable_thinking": [None, True, False][random.below(3)], "variables": variables}
+
+
+def make_environment():
+    """Jinja as transformers sets it up for chat templates."""
+    import jinja2.ext
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+        def _body(self, caller):
+            return caller()
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    return environment
+
+
+def render(environment, template, variables):
+    """The text, None when rendering fails."""
+    try:
+        return environment.from_string(template).render(**variables)
+    except Exception:  # jinja2 and the Python under it raise many kinds
+        return None
+
+
+def write_templates():
+    environment = make_environment()
+    folder = GOLDEN / "templates"
+    conversations = [conversation(i) for i in range(CONVERSATIONS)]
+    rows = [json.dumps(c, ensure_ascii=False, separators=(",", ":")) for c in conversations]
+    (folder / "conversations.jsonl").write_text("\n".join(rows) + "\n")
+    for path in sorted(folder.glob("*.jinja")):
+        template = path.read_text()
+        hashes = []
+        for c in conversations:
+            variables = {"bos_token": "<s>", "eos_token": "</s>", "messages": c["messages"],
+                         "add_generation_prompt": c["add_generation_prompt"], **c["variables"]}
+            if c["enable_thinking"] is not None:
+                variables["enable_thinking"] = c["enable_thinking"]
+            text = render(environment, template, variables)
+            hashes.append(0 if text is None else hash_of(text.encode()))
+        write_hashes(path.with_suffix(".hashes.txt"), hashes)
+    snippets = [line for line in (folder / "snippets.txt").read_text().split("\n----\n")]
+    variables = json.loads((folder / "snippet_variables.json").read_text())
+    outputs = [render(environment, snippet, variables) for snippet in snippets]
+    (folder / "snippets.json").write_text(
+        json.dumps([{"template": s, "output": o} for s, o in zip(snippets, outputs)], indent=0) + "\n")
+
+
 if __name__ == "__main__":
     write_tokenizers()
+    write_templates()

@@ -80,6 +80,7 @@ Result<Json> parse_ordered(std::string_view text, const char* what) {
 Result<jinja::RenderContext> make_context(Value messages, const ChatTemplateOptions& options) {
   jinja::RenderContext context;
   context.now = options.now;
+  context.limits = options.limits;
   for (const auto& [name, token] : options.special_tokens) context.variables[name] = Value(token);
   if (!options.variables_json.empty()) {
     const Json json = INFLLM_TRY(parse_ordered(options.variables_json, "template variables"));

@@ -34,6 +34,14 @@ struct ChatMessage {
   std::string content;
 };
 
+// What one rendering may spend.
+struct RenderLimits {
+  std::int64_t steps = 1'000'000;
+  std::int64_t output_bytes = std::int64_t{4} << 20;
+  std::int64_t work_bytes = std::int64_t{128} << 20;  // of all strings and lists made on the way
+  std::int32_t macro_depth = 32;
+};
+
 struct ChatTemplateOptions {
   bool add_generation_prompt = true;    // end where the assistant's answer begins
   std::optional<bool> enable_thinking;  // for templates that know it; else not defined
@@ -44,6 +52,7 @@ struct ChatTemplateOptions {
   // Seconds since 1970, UTC. Without it strftime_now is not defined, and templates that ask for it
   // with "is defined" fall back to a fixed date.
   std::optional<std::int64_t> now;
+  RenderLimits limits;
 };
 
 class ChatTemplate {

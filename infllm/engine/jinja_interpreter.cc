@@ -199,14 +199,18 @@ class Interpreter : public Evaluator {
     auto loop = std::make_shared<Loop>();
     loop->items = std::move(items);
     const auto count = static_cast<std::int64_t>(loop->items.size());
+    bool completed = false;
     for (loop->index0 = 0; loop->index0 < count; ++loop->index0) {
       if (!budget_.spend(1)) return make_call(s.line).out_of_budget();
       Inner inner(*this, scope_);
       inner.scope().set("loop", Value(loop));
       INFLLM_TRY(bind_loop_variables(s, inner.scope(), loop->items[loop->index0]));
-      if (INFLLM_TRY(run_block(s.bodies[0])) == Flow::kBreak) break;
+      const Flow flow = INFLLM_TRY(run_block(s.bodies[0]));
+      if (flow == Flow::kBreak) break;
+      completed |= flow == Flow::kNext;
     }
-    if (count == 0 && s.bodies.size() > 1) {
+    // As in Jinja, else runs unless some round came to the end of the body; continue does not.
+    if (!completed && s.bodies.size() > 1) {
       const Inner inner(*this, scope_);
       return run_block(s.bodies[1]);
     }

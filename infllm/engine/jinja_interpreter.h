@@ -10,16 +10,10 @@
 #include <string>
 
 #include "infllm/core/status.h"
+#include "infllm/engine/chat_template.h"
 #include "infllm/engine/jinja_ast.h"
 
 namespace infllm::engine::jinja {
-
-struct RenderLimits {
-  std::int64_t steps = 1'000'000;
-  std::int64_t output_bytes = std::int64_t{4} << 20;
-  std::int64_t work_bytes = std::int64_t{128} << 20;  // of all strings and lists made on the way
-  int macro_depth = 32;
-};
 
 struct RenderContext {
   std::map<std::string, Value> variables;

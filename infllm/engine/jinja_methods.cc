@@ -46,7 +46,7 @@ std::vector<std::string_view> split_at_space(std::string_view text, std::int64_t
   text = strip(text, nullptr, true, false);
   while (!text.empty()) {
     if (most >= 0 && static_cast<std::int64_t>(parts.size()) == most) {
-      parts.push_back(strip(text, nullptr, false, true));
+      parts.push_back(text);  // the rest keeps the white space at its end
       break;
     }
     std::size_t end = 0;
@@ -73,7 +73,7 @@ std::vector<std::string_view> rsplit_at_space(std::string_view text, std::int64_
     parts.push_back(text.substr(begin));
     text = strip(text.substr(0, begin), nullptr, false, true);
   }
-  if (!text.empty()) parts.push_back(strip(text, nullptr, true, false));
+  if (!strip(text, nullptr, true, false).empty()) parts.push_back(text);
   std::reverse(parts.begin(), parts.end());
   return parts;
 }

@@ -13,6 +13,19 @@ using Shape = List::Shape;
 // What sort, unique, min and max compare: the value or an attribute of it, without case if asked.
 Result<Value> sort_key(const Call& call, const Value& value, const Value& path, bool with_case) {
   Value key = value;
+  // "a,b" sorts by a, then by b.
+  const std::size_t comma = path.is_string() ? path.string()->find(',') : std::string::npos;
+  if (comma != std::string::npos) {
+    const std::string& text = *path.string();
+    std::vector<Value> keys;
+    for (std::size_t begin = 0; begin <= text.size();) {
+      const std::size_t end = std::min(text.find(',', begin), text.size());
+      keys.push_back(INFLLM_TRY(
+          sort_key(call, value, Value(text.substr(begin, end - begin)), with_case)));
+      begin = end + 1;
+    }
+    return call.list(std::move(keys));
+  }
   if (!path.is_undefined() && !path.is_none()) key = INFLLM_TRY(attribute_path(call, value, path));
   if (with_case || !key.is_string()) return key;
   return Value(INFLLM_TRY(change_case(call, *key.string(), false)));

@@ -65,12 +65,7 @@ std::string json_string(std::string_view text, bool ascii) {
       case '\b': out += "\\b"; break;
       default:
         if (code < 0x20 || (ascii && code >= 0x7F && code < 0x10000)) {
-          // 0x7F itself is ASCII and stays.
-          if (code == 0x7F) {
-            out += '\x7F';
-          } else {
-            escape(code);
-          }
+          escape(code);
         } else if (ascii && code >= 0x10000) {
           escape(0xD800 + ((code - 0x10000) >> 10));
           escape(0xDC00 + ((code - 0x10000) & 0x3FF));
