@@ -10,6 +10,7 @@ Status check_forward(std::string_view step, const AttendParams& p) {
   INFLLM_TRY(check_cache(step, p.pages, p.batch));
   INFLLM_TRY(check_heads(step, p.heads_q, p.pages.layout.kv_heads));
   INFLLM_TRY(check_scale(step, p.scale));
+  if (p.batch.num_tokens == 0) return {};
   if (p.selection != nullptr && p.columns < 1) {
     return invalid_argument(
         fmt::format("{}: a selection of {} columns, expected at least 1; pass null to attend to "
@@ -20,7 +21,6 @@ Status check_forward(std::string_view step, const AttendParams& p) {
     return invalid_argument(
         fmt::format("{}: {} columns without a selection, expected 0", step, p.columns));
   }
-  if (p.batch.num_tokens == 0) return {};
   INFLLM_TRY(check_pointer(step, "q", p.q));
   return check_pointer(step, "o", p.o);
 }

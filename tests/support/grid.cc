@@ -50,6 +50,10 @@ std::string backend_id(const ::testing::TestParamInfo<std::string>& info) {
   return identifier(info.param);
 }
 
+void PrintTo(const Point& point, std::ostream* out) {
+  *out << point.backend << ' ' << name_of(point.kv) << ' ' << point.case_name;
+}
+
 std::string point_name(const ::testing::TestParamInfo<Point>& info) {
   return identifier(
       fmt::format("{}_{}_{}", info.param.backend, name_of(info.param.kv), info.param.case_name));

@@ -12,6 +12,7 @@
 
 #include <gtest/gtest.h>
 
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,7 @@ struct Point {
   DType kv = DType::kF32;
   std::string case_name;
 };
+void PrintTo(const Point& point, std::ostream* out);
 
 // Columns that are tested against the reference; then all of them.
 std::vector<std::string> kernel_backends();

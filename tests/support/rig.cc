@@ -228,7 +228,7 @@ Attended Rig::attend(const std::vector<std::int32_t>& selection) {
           download(backend_, lse, rows, backend_.kernels->accumulate)};
 }
 
-Attended Rig::attention() {
+Attended Rig::attention(StepTimes* times) {
   Buffer q, o, lse, q_score;
   const AttendParams attend = attend_params(q, o, lse);
   AttentionParams params{.pages = pages_,
@@ -238,7 +238,8 @@ Attended Rig::attention() {
                          .scale = scale_,
                          .q = attend.q,
                          .o = attend.o,
-                         .lse = attend.lse};
+                         .lse = attend.lse,
+                         .times = times};
   if (case_.config.use_nope) {
     q_score = query_rows(Queries::kScore);
     params.q_score = q_score.data();

@@ -48,7 +48,7 @@ class Rig {
   std::vector<double> score();
   std::vector<std::int32_t> select(const std::vector<double>& scores);
   Attended attend(const std::vector<std::int32_t>& selection);
-  Attended attention();
+  Attended attention(StepTimes* times = nullptr);
   CachedPlanes read();
 
   // Of the reference only: takes another column's pooled keys, to be fed the same input.

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The steps together, and what holds for attention as a whole.
+#include "infllm/ops/attention.h"
+
+#include <gmock/gmock.h>
+
+#include <cmath>
+
+#include "infllm/backend/open.h"
+#include "tests/support/grid.h"
+#include "tests/support/refusal.h"
+
+namespace infllm::testing {
+namespace {
+
+bool complete(const Backend& backend) {
+  const Kernels& k = *backend.kernels;
+  return k.compress.run && k.score.run && k.select.run && k.attend.run;
+}
+
+#define SKIP_INCOMPLETE(name)                                                       \
+  if (!complete(open(name, 1))) GTEST_SKIP() << (name) << " has not all steps yet"; \
+  static_assert(true)
+
+class AttentionTest : public ::testing::TestWithParam<Point> {};
+
+// The reference attends to the blocks that the kernel chose: a near tie in selection, which is
+// select's affair, is no error here.
+TEST_P(AttentionTest, IsItsStepsAndStaysWithinTheBudget) {
+  SKIP_INCOMPLETE(GetParam().backend);
+  Trio trio(GetParam());
+  const Case& c = trio.kernel.test_case();
+  Ledger ledger(label_of(GetParam(), "attention"), Error::kAbsolute,
+                trio.kernel.backend().kernels->activation);
+  for (std::size_t i = 0; i < trio.steps().size(); ++i) {
+    trio.enter(trio.steps()[i]);
+    std::vector<std::int32_t> chosen;
+    if (trio.kernel.batch().any_sparse) chosen = trio.kernel.select(trio.kernel.score());
+    ledger.add(i, {trio.kernel.tokens(), c.heads_q, c.head_dim}, trio.kernel.attention().o,
+               trio.exact.attend(chosen).o, trio.rounded.attend(chosen).o);
+  }
+  EXPECT_TRUE(ledger.balanced());
+}
+
+INSTANTIATE_TEST_SUITE_P(Grid, AttentionTest, ::testing::ValuesIn(grid()), point_name);
+
+class AttentionInvariant : public ::testing::TestWithParam<Point> {};
+
+void expect_same_bits(const Attended& a, const Attended& b, const std::string& what) {
+  ASSERT_EQ(a.o.size(), b.o.size()) << what;
+  for (std::size_t i = 0; i < a.o.size(); ++i) ASSERT_EQ(a.o[i], b.o[i]) << what << " o " << i;
+  for (std::size_t i = 0; i < a.lse.size(); ++i) {
+    ASSERT_EQ(a.lse[i], b.lse[i]) << what << " lse " << i;
+  }
+}
+
+TEST_P(AttentionInvariant, ThreadsChangeNothing) {
+  SKIP_INCOMPLETE(GetParam().backend);
+  const Case& c = case_named(GetParam().case_name);
+  Rig one(open(GetParam().backend, 1), c, GetParam().kv);
+  Rig three(open(GetParam().backend, 3), c, GetParam().kv);
+  one.enter(c.steps.back());
+  three.enter(c.steps.back());
+  expect_same_bits(one.attention(), three.attention(), describe(label_of(GetParam(), "threads")));
+}
+
+// A sequence is computed alike whoever else is in the batch.
+TEST_P(AttentionInvariant, CompanyChangesNothing) {
+  SKIP_INCOMPLETE(GetParam().backend);
+  const Case& c = case_named(GetParam().case_name);
+  const Step& step = c.steps.back();
+  Rig together(open(GetParam().backend), c, GetParam().kv);
+  together.enter(step);
+  const Attended all = together.attention();
+  const std::int64_t row = std::int64_t{c.heads_q} * c.head_dim;
+  std::int64_t first = 0;
+  for (std::size_t s = 0; s < step.size(); ++s) {
+    const std::int64_t tokens = step[s].end - step[s].first;
+    Step only(step.size(), Span{0, 0});
+    only[s] = step[s];
+    Rig alone(open(GetParam().backend), c, GetParam().kv);
+    alone.enter(only);
+    const Attended one = alone.attention();
+    Attended cut;
+    cut.o.assign(all.o.begin() + first * row, all.o.begin() + (first + tokens) * row);
+    for (std::int32_t h = 0; h < c.heads_q; ++h) {
+      const auto from = all.lse.begin() + std::int64_t{h} * together.tokens() + first;
+      cut.lse.insert(cut.lse.end(), from, from + tokens);
+    }
+    expect_same_bits(one, cut, describe(label_of(GetParam(), "company")));
+    first += tokens;
+  }
+}
+
+std::vector<Point> invariant_points() {
+  std::vector<Point> list;
+  for (const Point& p : whole_grid()) {
+    for (const char* name : {"edges_prefill", "dense_len_edge", "group_7", "group_16", "use_nope",
+                             "taking_turns", "many_blocks"}) {
+      if (p.case_name == name) list.push_back(p);
+    }
+  }
+  return list;
+}
+
+INSTANTIATE_TEST_SUITE_P(Grid, AttentionInvariant, ::testing::ValuesIn(invariant_points()),
+                         point_name);
+
+class AttentionEdge : public ::testing::TestWithParam<std::string> {};
+
+// Logits whose exponentials leave the range of float.
+TEST_P(AttentionEdge, HugeLogitsGiveFiniteOutputs) {
+  SKIP_INCOMPLETE(GetParam());
+  for (const DType kv : {DType::kF32, DType::kBF16}) {
+    Case c = case_named("extreme_logits");
+    Rig rig(open(GetParam()), c, kv);
+    for (SequenceNumbers& numbers : rig.numbers()) {
+      for (double& k : numbers.k) k *= 64;
+    }
+    rig.enter(c.steps[0]);
+    const std::vector<double> scores = rig.score();
+    for (const double score : sparse_rows(rig, scores, rig.blocks())) {
+      ASSERT_FALSE(std::isnan(score)) << GetParam();
+    }
+    const Attended out = rig.attention();
+    for (const double o : out.o) ASSERT_TRUE(std::isfinite(o)) << GetParam();
+    for (const double lse : out.lse) ASSERT_TRUE(std::isfinite(lse)) << GetParam();
+  }
+}
+
+// With a budget as long as the sequence, sparse is dense.
+TEST_P(AttentionEdge, AllBlocksAreDenseAttention) {
+  SKIP_INCOMPLETE(GetParam());
+  Case sparse = case_named("group_2_dim_128");
+  sparse.config.topk = 20;
+  Case dense = sparse;
+  dense.config.dense_len = 1 << 20;
+  Rig a(open(GetParam()), sparse, DType::kF32);
+  Rig b(open(GetParam()), dense, DType::kF32);
+  Rig exact(open("reference"), dense, DType::kF32);
+  Rig rounded(open_rounded(DType::kF32, DType::kF32), dense, DType::kF32);
+  for (Rig* rig : {&a, &b, &exact, &rounded}) rig->enter(sparse.steps[0]);
+  ASSERT_TRUE(a.batch().any_sparse);
+  ASSERT_FALSE(b.batch().any_sparse);
+  const Attended want = exact.attention();
+  const Attended about = rounded.attention();
+  for (Rig* rig : {&a, &b}) {
+    Ledger ledger({.op = "attention", .backend = GetParam(), .name = "all blocks"},
+                  Error::kAbsolute, rig->backend().kernels->activation);
+    ledger.add(0, {a.tokens(), sparse.heads_q, sparse.head_dim}, rig->attention().o, want.o,
+               about.o);
+    EXPECT_TRUE(ledger.balanced());
+  }
+}
+
+TEST_P(AttentionEdge, TimesItsStepsWhenAsked) {
+  SKIP_INCOMPLETE(GetParam());
+  Rig rig(open(GetParam()), case_named("group_7"), DType::kF32);
+  rig.enter(rig.test_case().steps[0]);
+  StepTimes times;
+  rig.attention(&times);
+  EXPECT_GT(times.compress, 0);
+  EXPECT_GT(times.score, 0);
+  EXPECT_GT(times.select, 0);
+  EXPECT_GT(times.attend, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, AttentionEdge, ::testing::ValuesIn(available_backends()),
+                         backend_id);
+
+}  // namespace
+}  // namespace infllm::testing
