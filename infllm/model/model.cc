@@ -60,6 +60,17 @@ Status fill_rope_tables(const Step& step, const Rope& rope, const ForwardParams&
   return {};
 }
 
+// What comes before the first layer.
+Status begin(const Step& step, const Rope& rope, const EmbeddingTable& table,
+             const ForwardParams& p) {
+  INFLLM_TRY(fill_rope_tables(step, rope, p));
+  return embed(step.backend, {.table = &table,
+                              .tokens = p.batch.num_tokens,
+                              .token_ids = p.token_ids,
+                              .scale = static_cast<float>(step.config.scale_emb),
+                              .y = step.at(step.plan.hidden)});
+}
+
 // Logits of the picked rows: gather first, so that a long prompt normalises one row.
 Status head(const Step& step, const Weights& weights, const ForwardParams& p) {
   const ModelConfig& c = step.config;
@@ -164,14 +175,8 @@ Status Model::forward(const ForwardParams& p) const {
   step.activations = arena.take<std::byte>(static_cast<std::int64_t>(step.plan.bytes));
   step.workspace = arena.rest();
 
-  INFLLM_TRY(timed(p.times, &ForwardTimes::embed, [&]() -> Status {
-    INFLLM_TRY(fill_rope_tables(step, rope_, p));
-    return embed(backend_, {.table = &weights_.embedding,
-                            .tokens = p.batch.num_tokens,
-                            .token_ids = p.token_ids,
-                            .scale = static_cast<float>(config_.scale_emb),
-                            .y = step.at(step.plan.hidden)});
-  }));
+  INFLLM_TRY(timed(p.times, &ForwardTimes::embed,
+                   [&] { return begin(step, rope_, weights_.embedding, p); }));
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     INFLLM_TRY(attention_layer(step, weights_.layers[i], p.pages[i]));
     INFLLM_TRY(mlp_layer(step, weights_.layers[i]));
