@@ -92,12 +92,13 @@ def table(counts):
     return "\n".join(lines)
 
 
-def records(counts, config, device, commit):
+def records(counts, config, model, device, commit):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     for (task, length, attention), (right, asked) in sorted(counts.items()):
         visible = config.sparse.budget * config.sparse.block_size / length
         yield {
             "name": "eval.needle",
+            "model": model,
             "backend": "pytorch",
             "device": name,
             "commit": commit,
@@ -160,8 +161,10 @@ def main():
                 ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
             ).stdout.strip()
         )
+        name = pathlib.Path(args.model).resolve().name
+        name += f", topk {args.topk}" if args.topk else ""
         with open(args.out, "a", encoding="utf-8") as out:
-            for record in records(counts, net.config, device, commit):
+            for record in records(counts, net.config, name, device, commit):
                 print(json.dumps(record), file=out)
 
 
