@@ -205,15 +205,20 @@ std::size_t Model::workspace_bytes(const Batch& batch, std::int32_t num_logits) 
 }
 
 std::size_t Model::workspace_bytes(const StepLimits& limits) const {
-  Batch batch{.num_sequences = limits.max_sequences,
-              .num_tokens = limits.max_tokens,
-              .max_query_length = limits.max_tokens,
-              .max_kv_length = limits.max_kv_length};
-  batch.max_pages = static_cast<std::int32_t>(kv_layout().config.blocks_in(limits.max_kv_length));
-  std::size_t bytes = workspace_bytes(batch, limits.max_logits);
-  if (config_.sparse) {
-    batch.any_sparse = true;
+  // A backend may want more for many short sequences than for one long chunk, or the other way
+  // round: both ends are asked.
+  std::size_t bytes = 0;
+  for (const bool decode : {false, true}) {
+    Batch batch{.num_sequences = limits.max_sequences,
+                .num_tokens = decode ? limits.max_sequences : limits.max_tokens,
+                .max_query_length = decode ? 1 : limits.max_tokens,
+                .max_kv_length = limits.max_kv_length};
+    batch.max_pages = static_cast<std::int32_t>(kv_layout().config.blocks_in(limits.max_kv_length));
     bytes = std::max(bytes, workspace_bytes(batch, limits.max_logits));
+    if (config_.sparse) {
+      batch.any_sparse = true;
+      bytes = std::max(bytes, workspace_bytes(batch, limits.max_logits));
+    }
   }
   return bytes;
 }
