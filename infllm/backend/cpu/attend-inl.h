@@ -278,9 +278,13 @@ class Attender {
   }
 
   void finish_row(std::int64_t token, std::int64_t head, float m, float l, const float* o) const {
-    const float inverse = l > 0 ? 1 / l : 0;
     float* out = static_cast<float*>(p_.o) + (token * p_.heads_q + head) * plan_.head_dim;
-    for (std::int64_t i = 0; i < plan_.head_dim; ++i) out[i] = o[i] * inverse;
+    if (l > 0) {
+      const float inverse = 1 / l;
+      for (std::int64_t i = 0; i < plan_.head_dim; ++i) out[i] = o[i] * inverse;
+    } else {  // nothing was seen; a decode step then has not even written o
+      std::fill(out, out + plan_.head_dim, 0.0f);
+    }
     if (p_.lse == nullptr) return;
     static_cast<float*>(p_.lse)[head * p_.batch.num_tokens + token] =
         l > 0 ? static_cast<float>(m * kLn2) + std::log(l)
