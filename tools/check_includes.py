@@ -48,7 +48,7 @@ OUTSIDE = {
     "nlohmann/json_fwd.hpp": ["infllm", "tests", "bench", "fuzz"],
     "nlohmann/": ["infllm/core", "infllm/model", "infllm/engine", "infllm/app", "tests", "bench",
                   "fuzz"],
-    "fmt/": ["infllm", "tests", "bench"],
+    "fmt/": ["infllm", "tests", "bench", "fuzz"],
     "CLI/": ["infllm/app", "bench"],
     "boost/": ["infllm/app"],
     "hwy/": ["infllm/backend/cpu"],
