@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One sequence of made-up tokens through a model, timed: no sampling, no text.
+//
+//   BenchRunner runner = INFLLM_TRY(BenchRunner::create(model, {.context = 4096, ...}));
+//   INFLLM_TRY(runner.start(1024, 512));                     // 1024 tokens in the cache
+//   BenchRun run = INFLLM_TRY(runner.prefill());             // the next 512, as one prompt
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "infllm/engine/kv_pool.h"
+#include "infllm/engine/plan.h"
+#include "infllm/engine/sequence.h"
+#include "infllm/engine/timings.h"
+#include "infllm/model/model.h"
+
+namespace infllm::app {
+
+struct BenchRun {
+  double seconds = 0;
+  model::ForwardTimes times;
+  engine::Visibility visible;
+  bool sparse = false;  // some of the tokens attended sparsely
+};
+
+class BenchRunner {
+ public:
+  struct Options {
+    std::int32_t context = 0;
+    std::int32_t chunk_tokens = 512;
+    bool dense = false;
+    std::int64_t memory_limit = 0;
+  };
+  static Result<BenchRunner> create(const model::Model& model, const Options& options);
+
+  // Brings the cache to `depth` tokens, as the beginning of a prompt of depth + `prompt` tokens.
+  Status start(std::int32_t depth, std::int32_t prompt);
+  // The rest of that prompt.
+  Result<BenchRun> prefill();
+  // `count` tokens one by one.
+  Result<BenchRun> decode(std::int32_t count);
+
+ private:
+  BenchRunner(const model::Model& model, const Options& options, engine::KvPool pool,
+              engine::Plan plan);
+  Status advance(std::int32_t tokens, BenchRun& run);
+  std::int32_t made_up_token(std::int32_t position) const;
+
+  const model::Model* model_;
+  Options options_;
+  engine::KvPool pool_;
+  engine::Plan plan_;
+  engine::ModeRule rule_;
+  std::vector<KvPages> layers_;
+  Buffer workspace_, logits_;
+  engine::Sequence sequence_;
+};
+
+}  // namespace infllm::app

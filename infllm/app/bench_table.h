@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What `bench` measured, and its renderings: a table, CSV, JSON, benchmark records.
+#pragma once
+
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "infllm/app/record.h"
+#include "infllm/app/session.h"
+
+namespace infllm::app {
+
+struct BenchTest {
+  std::int32_t prompt = 0;     // tokens of the prompt, or
+  std::int32_t generated = 0;  // tokens generated one by one,
+  std::int32_t depth = 0;      // after so many in the cache
+
+  std::int32_t tokens() const { return prompt + generated; }
+  std::string name() const;  // "pp512", "tg128 @ d4096"
+};
+
+struct BenchRow {
+  BenchTest test;
+  std::string attention;   // what was asked for: dense, sparse
+  bool is_sparse = false;  // whether some token did attend sparsely
+  double visible_share = 1;
+  std::int32_t runs = 0;
+  Summary rate;            // tokens per second
+  Summary milliseconds;    // of one run
+  double weight_gbps = 0;  // read by decoding, 10^9 bytes per second
+  double cache_gbps = 0;
+  model::ForwardTimes times;  // of all runs together
+};
+
+// `format` is md, csv, json or jsonl.
+std::string bench_text(const Session& session, const std::vector<BenchRow>& rows,
+                       const std::string& format);
+
+// model.prefill and model.decode lines of bench/results; a sparse row has its dense one as peer.
+std::vector<nlohmann::json> bench_records(const Session& session,
+                                          const std::vector<BenchRow>& rows);
+
+}  // namespace infllm::app

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <tuple>
+
+#include "infllm/app/commands.h"
+#include "infllm/app/progress.h"
+#include "infllm/app/prompt.h"
+#include "infllm/app/record.h"
+#include "infllm/app/report.h"
+#include "infllm/app/samples.h"
+#include "infllm/app/sampling.h"
+#include "infllm/app/signals.h"
+
+namespace infllm::app {
+namespace {
+
+constexpr std::int32_t kSpareTokens = 8;  // beyond the longest expected answer
+
+// What was right in one task, at one length, under one kind of attention.
+struct Score {
+  std::int32_t correct = 0;
+  std::int32_t total = 0;
+  double seconds = 0;
+  engine::Visibility visible;  // by the tokens of the answer
+
+  double share() const { return total > 0 ? static_cast<double>(correct) / total : 0; }
+};
+using Cell = std::tuple<std::string, std::int32_t, std::string>;  // task, length, attention
+using Scores = std::map<Cell, Score>;
+
+std::string trimmed(const std::string& text) {
+  constexpr char kSpace[] = " \t\r\n";
+  const std::size_t first = text.find_first_not_of(kSpace);
+  if (first == std::string::npos) return "";
+  return text.substr(first, text.find_last_not_of(kSpace) - first + 1);
+}
+
+std::int32_t longest_answer(const Session& session, const std::vector<Sample>& samples) {
+  std::size_t longest = 0;
+  for (const Sample& sample : samples) {
+    for (const Question& question : sample.questions) {
+      longest = std::max(longest, session.tokenizer->encode(question.answer, {}).size());
+    }
+  }
+  return static_cast<std::int32_t>(longest) + kSpareTokens;
+}
+
+class Evaluation {
+ public:
+  Evaluation(const Session& session, const Options& options, const Prompter& prompter)
+      : session_(session), options_(options), prompter_(prompter) {}
+
+  // Every question under one kind of attention. The engine keeps the document's keys between its
+  // questions.
+  Status run(const std::vector<Sample>& samples, const std::string& mode, Progress& bar) {
+    const std::unique_ptr<engine::Engine> engine =
+        INFLLM_TRY(open_engine(session_, options_.model, 0, mode == "dense"));
+    for (const Sample& sample : samples) {
+      for (const Question& question : sample.questions) {
+        const Status status = ask(*engine, sample, question, mode);
+        if (!status.ok()) return status.with_context(fmt::format("sample {}", sample.id));
+        ++done_;
+        bar.update(done_, fmt::format("{}, {} of {} right", mode, correct_, done_));
+      }
+    }
+    return {};
+  }
+
+  const Scores& scores() const { return scores_; }
+
+ private:
+  Status ask(engine::Engine& engine, const Sample& sample, const Question& question,
+             const std::string& mode) {
+    engine::Request request = INFLLM_TRY(base_request(session_, options_));
+    request.prompt =
+        INFLLM_TRY(prompter_.ask(document_message(sample.document, question.question)));
+    const engine::Completion answer = INFLLM_TRY(engine.generate(std::move(request)));
+    if (answer.reason == engine::FinishReason::kCancelled) return cancelled("interrupted");
+    const bool is_right = trimmed(answer.text) == trimmed(question.answer);
+    if (options_.model.verbose && !is_right) {
+      fmt::print(stderr, "{} {} {}: \"{}\" -> \"{}\", expected \"{}\"\n", sample.id, question.task,
+                 mode, question.question, answer.text, question.answer);
+    }
+    Score& score = scores_[{question.task, sample.length, mode}];
+    score.correct += is_right ? 1 : 0;
+    score.total += 1;
+    score.seconds += answer.timings.prompt_seconds + answer.timings.eval_seconds;
+    score.visible.attended += answer.timings.eval_visible.attended;
+    score.visible.causal += answer.timings.eval_visible.causal;
+    correct_ += is_right ? 1 : 0;
+    return {};
+  }
+
+  const Session& session_;
+  const Options& options_;
+  const Prompter& prompter_;
+  Scores scores_;
+  std::int64_t done_ = 0;
+  std::int64_t correct_ = 0;
+};
+
+std::string table(const Scores& scores, const std::vector<std::string>& modes) {
+  std::string text = "| task | length |";
+  std::string rule = "|---|---:|";
+  for (const std::string& mode : modes) {
+    text += fmt::format(" {} | attended | s |", mode);
+    rule += "---:|---:|---:|";
+  }
+  text += "\n" + rule + "\n";
+  for (const auto& [cell, unused] : scores) {
+    const auto& [task, length, mode] = cell;
+    if (mode != modes.front()) continue;  // one row for all modes
+    text += fmt::format("| {} | {} |", task, length);
+    for (const std::string& each : modes) {
+      const Score& score = scores.at({task, length, each});
+      text += fmt::format(" {:.1f}% ({}/{}) | {:.1f}% | {:.1f} |", 100 * score.share(),
+                          score.correct, score.total, 100 * score.visible.share(), score.seconds);
+    }
+    text += "\n";
+  }
+  return text;
+}
+
+std::vector<nlohmann::json> records(const Session& session, const Scores& scores) {
+  std::vector<nlohmann::json> lines;
+  for (const auto& [cell, score] : scores) {
+    nlohmann::json line = record_header(session, "eval.needle");
+    line["model"] = session.name;
+    line["dtype"] = session.dtype;
+    line["task"] = std::get<0>(cell);
+    line["length"] = std::get<1>(cell);
+    line["attention"] = std::get<2>(cell);
+    line["correct"] = score.correct;
+    line["total"] = score.total;
+    line["visible_share"] = score.visible.share();
+    line["seconds"] = score.seconds;
+    lines.push_back(std::move(line));
+  }
+  return lines;
+}
+
+Status eval(const Options& given) {
+  const std::vector<std::string> modes = INFLLM_TRY(parse_attention_list(given.eval.attention));
+  const std::vector<Sample> samples =
+      INFLLM_TRY(read_samples(given.eval.samples, given.eval.limit));
+  const std::unique_ptr<Session> session = INFLLM_TRY(open_session(given.model));
+  print_effective_values(*session, given.model);
+  if (std::ranges::count(modes, "sparse") > 0 && !session->config().sparse) {
+    return invalid_argument("this model has no sparse attention; add --sparse on");
+  }
+  Options options = given;
+  options.sampling.temperature = 0;  // greedy
+  if (options.sampling.max_tokens < 0) {
+    options.sampling.max_tokens = longest_answer(*session, samples);
+  }
+  const Prompter prompter = INFLLM_TRY(Prompter::create(*session, options.prompt));
+
+  std::int64_t questions = 0;
+  for (const Sample& sample : samples)
+    questions += static_cast<std::int64_t>(sample.questions.size());
+  Progress bar("eval", Progress::Unit::kItems, questions * static_cast<std::int64_t>(modes.size()));
+  bar.update(0);
+  Evaluation evaluation(*session, options, prompter);
+  for (const std::string& mode : modes) INFLLM_TRY(evaluation.run(samples, mode, bar));
+  bar.finish();
+
+  if (!write_stdout(table(evaluation.scores(), modes))) {
+    return io_error("standard output is closed");
+  }
+  if (options.eval.jsonl_file.empty()) return {};
+  return append_records(options.eval.jsonl_file, records(*session, evaluation.scores()));
+}
+
+}  // namespace
+
+int eval_command(const Options& options) {
+  const Status status = eval(options);
+  return status.ok() ? kExitOk : report_failure(status);
+}
+
+}  // namespace infllm::app

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What every command needs first: an open backend, a loaded model, its tokenizer and template.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "infllm/app/options.h"
+#include "infllm/engine/engine.h"
+#include "infllm/engine/generation_config.h"
+#include "infllm/engine/tokenizer.h"
+#include "infllm/model/model.h"
+#include "infllm/ops/backend.h"
+
+namespace infllm::app {
+
+struct Session {
+  Backend backend;
+  std::optional<model::Model> model;
+  std::optional<engine::Tokenizer> tokenizer;  // absent for generated weights
+  engine::GenerationConfig generation;
+  std::string name;   // the folder's last part, or the shape's name
+  std::string dtype;  // of the weights: "bfloat16", "int8:32"
+  double load_seconds = 0;
+
+  const model::ModelConfig& config() const { return model->config(); }
+  std::vector<std::int32_t> eos() const;  // every token that ends an answer
+};
+
+// --dtype: TYPE or int8:GROUP. --kv-dtype: null for auto.
+Result<model::LoadOptions> parse_dtype(const std::string& dtype);
+std::optional<DType> parse_kv_dtype(const std::string& name);
+
+// config.json (or a named shape) with the command line's sparse options applied.
+Result<model::ModelConfig> open_config(const ModelOptions& options, const std::string& synthetic);
+
+// Opens the device and loads the checkpoint, or generates weights of the shape `synthetic`, with a
+// progress bar.
+Result<std::unique_ptr<Session>> open_session(const ModelOptions& options,
+                                              const std::string& synthetic = "");
+
+// The engine for this session; `context` tokens for each sequence, 0: the options' or the model's.
+Result<std::unique_ptr<engine::Engine>> open_engine(const Session& session,
+                                                    const ModelOptions& options,
+                                                    std::int32_t context = 0, bool dense = false);
+
+// "sparse from 8192 tokens on: 96 blocks of 64 (1 first, 33 last, 62 chosen)" or why not.
+std::string attention_text(const model::ModelConfig& config);
+// The values in effect, on stderr, with --verbose.
+void print_effective_values(const Session& session, const ModelOptions& options);
+
+// Bytes that the machine can still give; 0 when it does not say.
+std::int64_t available_memory();
+std::int64_t peak_memory();
+
+}  // namespace infllm::app

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "infllm/engine/engine_shape.h"
+
+#include <fmt/format.h>
+
+#include <limits>
+
+namespace infllm::engine {
+namespace {
+
+Status check(const EngineOptions& options) {
+  if (options.context >= 2 && options.max_sequences >= 1 && options.chunk_tokens >= 1) return {};
+  return invalid_argument(fmt::format(
+      "engine: a context of {} tokens, {} sequences and chunks of {} tokens; expected at "
+      "least 2, 1 and 1",
+      options.context, options.max_sequences, options.chunk_tokens));
+}
+
+ModeRule rule_of(const model::ModelConfig& config, bool dense) {
+  ModeRule rule;
+  if (!dense) rule.sparse = config.sparse;
+  const model::RopeConfig& rope = config.rope;
+  if (rope.type == model::RopeType::kLongRope && rope.short_factor != rope.long_factor) {
+    rule.rope_switch = rope.original_max_positions;
+  }
+  return rule;
+}
+
+}  // namespace
+
+Result<EngineShape> engine_shape(const model::Model& model, const EngineOptions& options) {
+  const Backend& backend = model.backend();
+  EngineShape shape{.options = options};
+  if (options.context == 0) shape.options.context = model.config().max_positions;
+  INFLLM_TRY(check(shape.options));
+  const std::int32_t context = shape.options.context;
+  const std::int32_t sequences = options.max_sequences;
+
+  shape.layout = model.config().kv_layout(options.kv_dtype.value_or(model.kv_dtype()));
+  if (options.dense) shape.layout.pooled_keys = false;
+  INFLLM_TRY(infllm::check(backend, shape.layout));
+  shape.rule = rule_of(model.config(), options.dense);
+  const std::int64_t pages_each = shape.layout.config.blocks_in(context);
+  const std::int64_t pages = pages_each * sequences;
+  if (pages > std::numeric_limits<std::int32_t>::max()) {
+    return invalid_argument(fmt::format("engine: {} pages, more than can be numbered", pages));
+  }
+  shape.pages = static_cast<std::int32_t>(pages);
+  shape.step_limits = {.max_tokens = options.chunk_tokens + sequences,
+                       .max_sequences = sequences,
+                       .max_kv_length = context,
+                       .max_logits = sequences};
+  shape.plan_limits = {.max_tokens = options.chunk_tokens + sequences,
+                       .max_sequences = sequences,
+                       .max_pages = static_cast<std::int32_t>(pages_each)};
+
+  EngineMemory& memory = shape.memory;
+  memory.cache = KvPool::bytes(backend, shape.layout, model.config().layers, pages);
+  memory.workspace = static_cast<std::int64_t>(model.workspace_bytes(shape.step_limits));
+  memory.logits = static_cast<std::int64_t>(model.logits_bytes(sequences));
+  memory.plan = Plan::bytes(shape.plan_limits);
+  if (options.memory_limit > 0 && memory.total() > options.memory_limit) {
+    constexpr double kGigabyte = 1e9;
+    return resource_exhausted(fmt::format(
+        "a context of {} tokens x {} sequences needs {:.2f} GB ({:.2f} cache, {:.2f} workspace) "
+        "besides the weights; {:.2f} GB are available; lower --ctx-size",
+        context, sequences, static_cast<double>(memory.total()) / kGigabyte,
+        static_cast<double>(memory.cache) / kGigabyte,
+        static_cast<double>(memory.workspace) / kGigabyte,
+        static_cast<double>(options.memory_limit) / kGigabyte));
+  }
+  return shape;
+}
+
+}  // namespace infllm::engine
