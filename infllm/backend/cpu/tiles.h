@@ -18,7 +18,7 @@ inline constexpr int kPageTokens = 64;
 inline constexpr int kTileRows = 512;
 
 // Rows that go through QK, soft-max and PV together: K (16 KB) stays in L1 while their logits are
-// made, and so does V for their outputs.
+// made, and so does V for their outputs. 24 rows: attend 7% slower; 96: 5% slower.
 inline constexpr int kGroupRows = 48;
 
 // A decode step cuts its list of blocks into at most kMaxSplits pieces of at least kMinSplitBlocks:
