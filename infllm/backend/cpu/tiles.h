@@ -14,7 +14,8 @@ namespace infllm::cpu {
 inline constexpr int kPageTokens = 64;
 
 // Rows (token x head of the group) that share one pass over the selected blocks. Their state, about
-// 900 bytes a row for head dimension 128, is meant to stay in L2.
+// 900 bytes a row for head dimension 128, is meant to stay in L2. 256 and
+// 1024 rows: attend within 4%, but score 10% slower with 256.
 inline constexpr int kTileRows = 512;
 
 // Rows that go through QK, soft-max and PV together: K (16 KB) stays in L1 while their logits are
