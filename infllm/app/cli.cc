@@ -7,10 +7,12 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <array>
 #include <limits>
 
 #include "infllm/app/signals.h"
 #include "infllm/app/version.h"
+#include "infllm/model/config.h"
 
 namespace infllm::app {
 namespace {
@@ -70,7 +72,7 @@ void add_sampling_options(CLI::App* app, SamplingOptions& sampling) {
   option(app, "--presence-penalty", sampling.presence_penalty)->check(CLI::Range(-100.0, 100.0));
   option(app, "--frequency-penalty", sampling.frequency_penalty)->check(CLI::Range(-100.0, 100.0));
   option(app, "-s,--seed,--random-seed", sampling.seed);
-  option(app, "-n,--predict,--max-tokens,--num-generate", sampling.max_tokens)
+  option(app, "-n,--max-tokens,--predict,--num-generate", sampling.max_tokens)
       ->check(CLI::Range(-1, kMaxTokens))
       ->check([](const std::string& text) {
         return text == "0" ? std::string("an answer has at least one token") : std::string();
@@ -130,7 +132,7 @@ void add_bench(CLI::App* app, Options& options) {
   option(app, "-r,--repetitions", bench.repetitions)->check(CLI::Range(1, 1000));
   option(app, "-o,--output", bench.output)->check(CLI::IsMember({"md", "csv", "json", "jsonl"}));
   option(app, "--attention", bench.attention);
-  option(app, "--synthetic", bench.synthetic);
+  option(app, "--synthetic", bench.synthetic)->check(CLI::IsMember(model::named_configs()));
   option(app, "--jsonl", bench.jsonl_file);
   app->add_flag_callback("--no-warmup", [&bench] { bench.warmup = false; });
 }
@@ -141,7 +143,7 @@ void add_inspect(CLI::App* app, Options& options) {
       ->delimiter(',')
       ->allow_extra_args(false)
       ->check(kPositive);
-  option(app, "--synthetic", options.bench.synthetic);
+  option(app, "--synthetic", options.bench.synthetic)->check(CLI::IsMember(model::named_configs()));
   add_output_options(app, options);
 }
 
@@ -161,7 +163,7 @@ void add_eval(CLI::App* app, Options& options) {
   option(app, "--attention", options.eval.attention);
   option(app, "--jsonl", options.eval.jsonl_file);
   option(app, "--limit", options.eval.limit)->check(kNatural);
-  option(app, "-n,--predict,--max-tokens,--num-generate", options.sampling.max_tokens)
+  option(app, "-n,--max-tokens,--predict,--num-generate", options.sampling.max_tokens)
       ->check(kPositive);
 }
 
@@ -218,12 +220,14 @@ Parsed parse_command_line(int argc, char** argv) {
   app.add_flag("--version", version);
   app.set_config("--config");
   app.allow_config_extras(CLI::config_extras_mode::error);
-  for (const Sub& sub : kSubs) {
-    CLI::App* command = app.add_subcommand(sub.name);
+  // Each command has options of its own: the environment and the config file set those of all.
+  std::array<Options, std::size(kSubs)> options;
+  for (std::size_t i = 0; i < std::size(kSubs); ++i) {
+    CLI::App* command = app.add_subcommand(kSubs[i].name);
     command->set_help_flag("");
     command->add_flag("-h,--help", help);
     command->fallthrough();
-    sub.add(command, parsed.options);
+    kSubs[i].add(command, options[i]);
   }
   std::string chosen;
   const auto usage_error = [&](const std::string& message) {
@@ -238,10 +242,11 @@ Parsed parse_command_line(int argc, char** argv) {
   } catch (const CLI::ParseError& failure) {
     error = failure.what();
   }
-  for (const Sub& sub : kSubs) {
-    if (!app.got_subcommand(sub.name)) continue;
-    chosen = sub.name;
-    parsed.options.command = sub.command;
+  for (std::size_t i = 0; i < std::size(kSubs); ++i) {
+    if (!app.got_subcommand(kSubs[i].name)) continue;
+    chosen = kSubs[i].name;
+    parsed.options = options[i];
+    parsed.options.command = kSubs[i].command;
   }
   if (help || version) {
     parsed.exit_code = kExitOk;

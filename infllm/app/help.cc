@@ -130,7 +130,8 @@ constexpr char kEvalHelp[] =
   infllm eval models/needle-32k heldout.jsonl --attention dense,sparse --jsonl results.jsonl
 
 SAMPLES has one JSON object a line:
-  {"id": .., "length": 4096, "document": "..", "questions": [{"task": "..", "question": "..", "answer": ".."}]}
+  {"id": .., "length": 4096, "document": "..",
+   "questions": [{"task": "..", "question": "..", "answer": ".."}]}
 A document is read once for all its questions.
 
   --attention LIST         modes to score (default dense,sparse)
