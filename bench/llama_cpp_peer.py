@@ -162,6 +162,7 @@ class Ours:
         command = [self.args.infllm, "bench", "--synthetic", self.args.shape, "--dtype", weights]
         command += ["-p", str(prompt), "-n", str(generated), "-d", str(depth), "-r", "1"]
         command += ["-t", str(self.args.threads), "--attention", attention, "-o", "json"]
+        command += ["--sparse", "on"] if attention == "sparse" else []
         command += [] if self.args.warmup else ["--no-warmup"]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         return json.loads(done.stdout)[0]
