@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Any bytes as a chat template, rendered over a conversation that has a bit of everything: an error or
-// valid UTF-8 within the budgets, and the same twice.
+// Any bytes as a chat template, rendered over a conversation that has a bit of everything: an error
+// or valid UTF-8 within the budgets, and the same twice.
 #include <cstdint>
 #include <string_view>
 
@@ -22,7 +22,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   ChatTemplateOptions options;
   options.enable_thinking = size % 2 == 0;
   options.special_tokens = {{"bos_token", "<s>"}, {"eos_token", "</s>"}};
-  options.variables_json = R"({"s": "a b", "n": 7, "f": 0.5, "l": [3, 1, 2], "d": {"k": "v"}, "no": null})";
+  options.variables_json =
+      R"({"s": "a b", "n": 7, "f": 0.5, "l": [3, 1, 2], "d": {"k": "v"}, "no": null})";
   options.now = 1'700'000'000;
   // An input of a few hundred bytes can spend the whole budget, and that is long under sanitizers.
   options.limits.steps = 20'000;

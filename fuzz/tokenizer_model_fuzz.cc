@@ -20,7 +20,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (!tokenizer.ok()) return 0;
   for (const bool special : {false, true}) {
     // Parts of the file itself are the likeliest text to hit its pieces.
-    for (const auto& text : {bytes.substr(0, 512), std::string_view(" The  needle \xE2\x96\x81\xFF<s>")}) {
+    for (const auto& text :
+         {bytes.substr(0, 512), std::string_view(" The  needle \xE2\x96\x81\xFF<s>")}) {
       const auto ids = tokenizer->encode(text, {.parse_special = special});
       for (const std::int32_t id : ids) {
         INFLLM_CHECK(id >= 0 && id < tokenizer->vocab_size(), "an id out of range");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Templates against jinja2: 1,000 conversations through every template of tests/golden/text/templates,
-// several hundred snippets, and the budgets.
+// Templates against jinja2: 1,000 conversations through every template of
+// tests/golden/text/templates, several hundred snippets, and the budgets.
 #include "infllm/engine/chat_template.h"
 
 #include <fmt/format.h>
@@ -107,7 +107,8 @@ TEST(ChatTemplate, MessagesAndOptions) {
 
 TEST(ChatTemplate, TimeIsTheCallersOrUnknown) {
   constexpr const char* kText =
-      "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y %H:%M %%') }}{% else %}?{% endif %}";
+      "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y %H:%M %%') }}{% else %}?{% endif "
+      "%}";
   EXPECT_EQ(*render(kText), "?");
   ChatTemplateOptions options;
   options.now = 1'700'000'000;
@@ -136,17 +137,20 @@ TEST(ChatTemplate, ErrorsNameTheLineAndTheReason) {
 
 TEST(ChatTemplate, BudgetsEndHostileTemplates) {
   const std::string steps = "needs more steps or memory than its budget allows";
-  const std::string loops = "{% for a in range(1000) %}{% for b in range(1000) %}{% for c in "
-                            "range(1000) %}{% endfor %}{% endfor %}{% endfor %}";
+  const std::string loops =
+      "{% for a in range(1000) %}{% for b in range(1000) %}{% for c in "
+      "range(1000) %}{% endfor %}{% endfor %}{% endfor %}";
   EXPECT_THAT(error(loops), HasSubstr(steps));
   EXPECT_THAT(error("{{ 'x' * 1000000000000 }}"), HasSubstr(steps));
   EXPECT_THAT(error("{{ [1] * 1000000000000 }}"), HasSubstr(steps));
-  EXPECT_THAT(error("{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
-                    "{% endfor %}"),
-              HasSubstr(steps));
-  EXPECT_THAT(error("{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}"
-                    "{% endfor %}{{ n.l }}"),
-              HasSubstr(steps));
+  EXPECT_THAT(
+      error("{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+            "{% endfor %}"),
+      HasSubstr(steps));
+  EXPECT_THAT(
+      error("{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}"
+            "{% endfor %}{{ n.l }}"),
+      HasSubstr(steps));
   EXPECT_THAT(error("{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = "
                     "[n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}"),
               HasSubstr(steps));

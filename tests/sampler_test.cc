@@ -72,11 +72,12 @@ TEST(Sampler, DrawsFromTheDistributionOfTheHeader) {
     std::vector<float> logits(1 + random.below(200));
     // Few distinct values, so that ties are common.
     for (float& l : logits) l = static_cast<float>(random.below(24)) / 4.0f;
-    SamplingParams p{.temperature = 0.25f + 0.25f * static_cast<float>(random.below(6)),
-                     .top_k = static_cast<std::int32_t>(random.below(2) * random.below(40)),
-                     .top_p = random.below(2) ? 1.0f : 0.1f + 0.1f * static_cast<float>(random.below(9)),
-                     .min_p = random.below(2) ? 0.0f : 0.05f * static_cast<float>(random.below(10)),
-                     .seed = random.next()};
+    SamplingParams p{
+        .temperature = 0.25f + 0.25f * static_cast<float>(random.below(6)),
+        .top_k = static_cast<std::int32_t>(random.below(2) * random.below(40)),
+        .top_p = random.below(2) ? 1.0f : 0.1f + 0.1f * static_cast<float>(random.below(9)),
+        .min_p = random.below(2) ? 0.0f : 0.05f * static_cast<float>(random.below(10)),
+        .seed = random.next()};
     const std::vector<double> want = distribution(p, logits);
     std::vector<int> got(logits.size());
     for (int i = 0; i < kDraws; ++i) ++got[one(p, logits, i)];

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Tokenizers against the PyPI packages `tokenizers` and `sentencepiece`, by golden files that
-// tools/make_text_golden.py writes: per tokenizer 20,000 strings, a hash of their ids and of the texts.
+// tools/make_text_golden.py writes: per tokenizer 20,000 strings, a hash of their ids and of the
+// texts.
 #include "infllm/engine/tokenizer.h"
 
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-
 #include <unistd.h>
 
 #include <chrono>
@@ -60,7 +60,8 @@ TEST_P(GoldenTokenizer, EncodesAndDecodesAsTheOracle) {
   const Tokenizer tokenizer = open_golden(GetParam());
   const std::vector<std::string> atoms = test::read_atoms(golden() / "atoms.txt");
   const std::vector<std::uint32_t> ids_hash = test::read_hashes(golden() / GetParam() / "ids.txt");
-  const std::vector<std::uint32_t> text_hash = test::read_hashes(golden() / GetParam() / "texts.txt");
+  const std::vector<std::uint32_t> text_hash =
+      test::read_hashes(golden() / GetParam() / "texts.txt");
   std::istringstream allowed_file(read(golden() / GetParam() / "random_ids.txt"));
   const std::vector<std::int32_t> allowed((std::istream_iterator<std::int32_t>(allowed_file)), {});
   ASSERT_GE(ids_hash.size(), 20'000u);
@@ -86,7 +87,8 @@ TEST_P(GoldenTokenizer, EncodesAndDecodesAsTheOracle) {
     }
     texts += tokenizer.decode(ids) + '\0';
     if (i % 8 != 7) continue;
-    ASSERT_EQ(test::hash_bytes(texts), text_hash[i / 8]) << "the texts up to " << i << ":\n" << texts;
+    ASSERT_EQ(test::hash_bytes(texts), text_hash[i / 8]) << "the texts up to " << i << ":\n"
+                                                         << texts;
     texts.clear();
   }
 }
@@ -125,7 +127,8 @@ TEST_P(GoldenTokenizer, StreamIsDecodeInPieces) {
 
 TEST_P(GoldenTokenizer, OneMegabyteOfOneWordTakesLessThanASecond) {
   const Tokenizer tokenizer = open_golden(GetParam());
-  const std::vector<std::string> units = {"a", "ab", "1", "=", "\xE4\xBD\xA0", "x", "\xF0\x9F\x98\x80"};
+  const std::vector<std::string> units = {
+      "a", "ab", "1", "=", "\xE4\xBD\xA0", "x", "\xF0\x9F\x98\x80"};
   for (const std::string& unit : units) {
     std::string text;
     while (text.size() < (1u << 20)) text += unit;
@@ -274,6 +277,7 @@ TEST(TokenizerJson, RefusesWhatItCannotReproduce) {
       {"/model/vocab/!", "-1", "expected an id from 0"},
       {"/model/vocab/!", "1000000", "expected an id from 0"},
       {"/model/vocab/!", "7", "id 7 is both"},
+      {"/model/vocab/!", "999999", "id 999999 is far beyond the other"},
       {"/model/merges/0", R"("a b c")", "merge 0 is neither"},
       {"/model/merges/0", R"(["zz", "a"])", "the vocabulary lacks the first"},
       {"/model/merges/0", R"(["a", "zz"])", "the vocabulary lacks the second"},
@@ -288,7 +292,8 @@ TEST(TokenizerJson, RefusesWhatItCannotReproduce) {
       {"/pre_tokenizer", R"({"type": "Metaspace", "prepend_scheme": "last"})", "prepend_scheme"},
       {"/decoder", "null", "decoder: none"},
       {"/decoder", R"({"type": "WordPiece"})", "\"WordPiece\" is not supported"},
-      {"/decoder", R"({"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteFallback"}]})",
+      {"/decoder",
+       R"({"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteFallback"}]})",
        "\"ByteFallback\" is not supported"},
       {"/post_processor", R"({"type": "BertProcessing"})", "\"BertProcessing\""},
       {"/added_tokens/0/id", "5", "has id 5, but the vocabulary says"},

@@ -35,14 +35,15 @@ TEST(Utf8, RepairsAsEachOracleDoes) {
     int per_byte, subparts;  // replacement characters
   };
   const Case cases[] = {
-      {"\xFF", 1, 1},          {"\x80\x80", 2, 2},         {"\xC0\xAF", 2, 2},
-      {"\xE2\x82", 2, 1},      {"\xE2\x82\x41", 2, 1},     {"\xF0\x9F\x98", 3, 1},
-      {"\xED\xA0\x80", 3, 3},  {"\xF4\x90\x80\x80", 4, 4}, {"\xE0\x80\x80", 3, 3},
-      {"\xF0\x9F\x41", 2, 1},  {"\xC3\xC3\xA9", 1, 1},     {"\xF8\x88\x80\x80\x80", 5, 5},
+      {"\xFF", 1, 1},         {"\x80\x80", 2, 2},         {"\xC0\xAF", 2, 2},
+      {"\xE2\x82", 2, 1},     {"\xE2\x82\x41", 2, 1},     {"\xF0\x9F\x98", 3, 1},
+      {"\xED\xA0\x80", 3, 3}, {"\xF4\x90\x80\x80", 4, 4}, {"\xE0\x80\x80", 3, 3},
+      {"\xF0\x9F\x41", 2, 1}, {"\xC3\xC3\xA9", 1, 1},     {"\xF8\x88\x80\x80\x80", 5, 5},
   };
   const auto count = [](const std::string& text) {
     int n = 0;
-    for (std::size_t at = 0; (at = text.find("\xEF\xBF\xBD", at)) != std::string::npos; at += 3) ++n;
+    for (std::size_t at = 0; (at = text.find("\xEF\xBF\xBD", at)) != std::string::npos; at += 3)
+      ++n;
     return n;
   };
   for (const Case& c : cases) {
@@ -53,7 +54,8 @@ TEST(Utf8, RepairsAsEachOracleDoes) {
 }
 
 TEST(Utf8, PiecesOfAStreamMakeTheRepairedWhole) {
-  const std::string alphabet = "\x41\x80\xBF\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xED\xA0\xF4\x90\xFF";
+  const std::string alphabet =
+      "\x41\x80\xBF\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\xED\xA0\xF4\x90\xFF";
   for (std::uint64_t seed = 0; seed < 50'000; ++seed) {
     test::SplitMix random(seed);
     std::string text(random.below(12), '\0');
@@ -78,7 +80,8 @@ TEST(UnicodeTables, KnownMembers) {
   EXPECT_TRUE(is_letter('a') && is_letter(0x4F60) && is_letter(0x17F) && !is_letter('1'));
   EXPECT_TRUE(is_number('1') && is_number(0xBD) && is_number(0x216B) && !is_number('a'));
   EXPECT_TRUE(is_word('_') && is_word('a') && is_word('1') && !is_word(' ') && !is_word('-'));
-  EXPECT_TRUE(is_printable(' ') && !is_printable(0xA0) && !is_printable(0x200B) && !is_printable(0));
+  EXPECT_TRUE(is_printable(' ') && !is_printable(0xA0) && !is_printable(0x200B) &&
+              !is_printable(0));
   EXPECT_TRUE(!is_printable(0x10FFFF) && is_printable(0x1F600));
 }
 

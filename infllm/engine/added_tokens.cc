@@ -32,8 +32,7 @@ void AddedTokens::add(const AddedToken& token, std::string_view pattern) {
   tokens_.push_back(token);
 }
 
-std::vector<AddedTokens::Part> AddedTokens::split(std::string_view text,
-                                                  bool parse_special) const {
+std::vector<AddedTokens::Part> AddedTokens::split(std::string_view text, bool parse_special) const {
   std::vector<Part> parts;
   std::size_t done = 0;  // everything before is in `parts`
   for (std::size_t at = 0; at < text.size() && !trie_.empty();) {

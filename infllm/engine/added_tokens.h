@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Finds added tokens in a text: the leftmost, and of those that begin there the longest. Each token's
-// flags then decide whether the match counts and how much white space around it goes with it.
+// Finds added tokens in a text: the leftmost, and of those that begin there the longest. Each
+// token's flags then decide whether the match counts and how much white space around it goes with
+// it.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,8 @@ class AddedTokens {
     std::string_view text;
     std::int32_t id = -1;  // -1: plain text
   };
-  // The parts of `text` in order, none of them empty plain text. Special tokens are left in the plain
-  // text unless `parse_special`.
+  // The parts of `text` in order, none of them empty plain text. Special tokens are left in the
+  // plain text unless `parse_special`.
   std::vector<Part> split(std::string_view text, bool parse_special) const;
 
  private:

@@ -226,8 +226,8 @@ Bpe::UnusedPairs Bpe::merge(std::vector<std::int32_t>& symbols) const {
   return unused;
 }
 
-// SentencePiece: an unused piece falls back into the pair it came from; a character that is no piece
-// becomes its bytes, or the unknown token, of which a run is one.
+// SentencePiece: an unused piece falls back into the pair it came from; a character that is no
+// piece becomes its bytes, or the unknown token, of which a run is one.
 void Bpe::finish_scored(std::int32_t symbol, const UnusedPairs& unused,
                         std::vector<std::int32_t>& ids, bool& after_unknown) const {
   const auto pieces = static_cast<std::int32_t>(spec_.pieces.size());

@@ -54,13 +54,13 @@ class Bpe {
   void start_scored(std::string_view word, std::vector<std::int32_t>& symbols) const;
   using UnusedPairs = std::unordered_map<std::int32_t, std::uint64_t>;
   UnusedPairs merge(std::vector<std::int32_t>& symbols) const;
-  void finish_scored(std::int32_t symbol, const UnusedPairs& unused,
-                     std::vector<std::int32_t>& ids, bool& after_unknown) const;
+  void finish_scored(std::int32_t symbol, const UnusedPairs& unused, std::vector<std::int32_t>& ids,
+                     bool& after_unknown) const;
 
   const TokenizerSpec& spec_;
-  bool scored_;             // SentencePiece's rules for unknown characters
+  bool scored_;  // SentencePiece's rules for unknown characters
   bool has_all_bytes_ = false;
-  std::vector<Rule> rules_;  // open addressing, a power of two, at most half full
+  std::vector<Rule> rules_;               // open addressing, a power of two, at most half full
   std::vector<std::int32_t> characters_;  // code point -> symbol, -1 for none
   std::unordered_map<std::string_view, std::int32_t> vocabulary_;
   std::array<std::int32_t, 256> bytes_;  // id of <0xNN>, -1 for none

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A set of byte strings, each with a value, that answers: which is the longest one that begins here?
-// Cost: at most the length of that string in look-ups, whatever the number of strings.
+// A set of byte strings, each with a value, that answers: which is the longest one that begins
+// here? Cost: at most the length of that string in look-ups, whatever the number of strings.
 //
 //   ByteTrie trie;
 //   trie.insert("<s>", 1);

@@ -29,9 +29,9 @@ Result<Charsmap> Charsmap::parse(std::string_view blob) {
   }
   const std::size_t trie_bytes = little_endian(blob, 0);
   if (trie_bytes % 4 != 0 || trie_bytes == 0 || trie_bytes >= blob.size() - 4) {
-    return data_error(fmt::format(
-        "precompiled_charsmap says {} bytes of trie, expected a multiple of 4 below {}", trie_bytes,
-        blob.size() - 4));
+    return data_error(
+        fmt::format("precompiled_charsmap says {} bytes of trie, expected a multiple of 4 below {}",
+                    trie_bytes, blob.size() - 4));
   }
   map.units_.reserve(trie_bytes / 4);
   for (std::size_t at = 4; at < 4 + trie_bytes; at += 4) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// SentencePiece's precompiled character map (nmt_nfkc and its like): a double-array trie from source
-// strings to offsets of zero-terminated replacements.
+// SentencePiece's precompiled character map (nmt_nfkc and its like): a double-array trie from
+// source strings to offsets of zero-terminated replacements.
 //
 //   blob = u32 trie_bytes, trie units (u32 each, little endian), replacements
 //

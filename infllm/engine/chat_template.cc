@@ -23,14 +23,17 @@ Result<Value> to_value(const Json& json, int depth) {
   };
   if (depth > jinja::kMaxValueDepth) return too_deep();
   switch (json.type()) {
-    case Json::value_t::boolean: return Value(json.get<bool>());
-    case Json::value_t::number_integer: return Value(json.get<std::int64_t>());
+    case Json::value_t::boolean:
+      return Value(json.get<bool>());
+    case Json::value_t::number_integer:
+      return Value(json.get<std::int64_t>());
     case Json::value_t::number_unsigned: {
       const auto number = json.get<std::uint64_t>();
       if (number > INT64_MAX) return Value(static_cast<double>(number));
       return Value(static_cast<std::int64_t>(number));
     }
-    case Json::value_t::number_float: return Value(json.get<double>());
+    case Json::value_t::number_float:
+      return Value(json.get<double>());
     case Json::value_t::string:
       return Value(utf8_repair(json.get_ref<const std::string&>(), Utf8Repair::kMaximalSubpart));
     case Json::value_t::array: {
@@ -47,7 +50,8 @@ Result<Value> to_value(const Json& json, int depth) {
       std::optional<Value> made = jinja::make_dict(std::move(dict));
       return made ? Result<Value>(std::move(*made)) : too_deep();
     }
-    default: return Value(jinja::None());
+    default:
+      return Value(jinja::None());
   }
 }
 

@@ -5,14 +5,15 @@
 //   ChatTemplate chat = INFLLM_TRY(ChatTemplate::parse(tokenizer.chat_templates().at("default")));
 //   std::string prompt = INFLLM_TRY(chat.render({{"user", "Hello"}}, {}));
 //
-// Templates are programs from outside, written in a subset of Jinja: what Hugging Face templates use,
-// with Python's values and Hugging Face's settings (trim_blocks, lstrip_blocks, loop controls,
+// Templates are programs from outside, written in a subset of Jinja: what Hugging Face templates
+// use, with Python's values and Hugging Face's settings (trim_blocks, lstrip_blocks, loop controls,
 // {% generation %}, tojson without HTML escapes). Results equal jinja2's. A template cannot reach
 // anything but its variables, and has budgets: 64 KiB of text, a million steps, 4 MiB of output, 32
 // levels of nesting and of macro calls; errors name the line.
 //
 // Not in the subset: import, include, extends, do, recursive loops, *args, % formatting, keys of a
-// dict that are not strings, and changing the case of letters beyond ASCII. These fail with a message.
+// dict that are not strings, and changing the case of letters beyond ASCII. These fail with a
+// message.
 //
 // Thread safety: a ChatTemplate never changes; render() may run in many threads at once.
 #pragma once

@@ -93,9 +93,8 @@ Result<Value> repeat(const Call& call, const Value& value, std::int64_t count) {
 
 bool is_sequence(const Value& value) {
   const List* list = value.list();
-  return value.is_string() ||
-         (list != nullptr &&
-          (list->shape == List::Shape::kList || list->shape == List::Shape::kTuple));
+  return value.is_string() || (list != nullptr && (list->shape == List::Shape::kList ||
+                                                   list->shape == List::Shape::kTuple));
 }
 
 }  // namespace
@@ -127,8 +126,8 @@ Result<Value> calculate(const Call& call, std::string_view op, const Value& a, c
     items.insert(items.end(), b.list()->items.begin(), b.list()->items.end());
     return call.list(std::move(items), a.list()->shape);
   }
-  return call.fail(fmt::format("{} between a {} and a {} is not supported", op, a.type_name(),
-                               b.type_name()));
+  return call.fail(
+      fmt::format("{} between a {} and a {} is not supported", op, a.type_name(), b.type_name()));
 }
 
 }  // namespace infllm::engine::jinja

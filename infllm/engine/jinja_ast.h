@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A parsed template. Chains that a parser would usually nest to the left (a + b + c, x.y[0]|trim) are
-// flat lists here, so that the depth of the tree is the depth of brackets and blocks, which the parser
-// bounds.
+// A parsed template. Chains that a parser would usually nest to the left (a + b + c, x.y[0]|trim)
+// are flat lists here, so that the depth of the tree is the depth of brackets and blocks, which the
+// parser bounds.
 #pragma once
 
 #include <memory>
@@ -73,15 +73,15 @@ struct Statement {
   enum class Kind {
     kText,
     kPrint,
-    kIf,          // conditions and bodies in pairs; a body more is the else
-    kFor,         // bodies: the loop, and the else where there is one
-    kSet,         // targets = expression
-    kSetBlock,    // targets[0], filters in steps of the expression, bodies[0]
+    kIf,        // conditions and bodies in pairs; a body more is the else
+    kFor,       // bodies: the loop, and the else where there is one
+    kSet,       // targets = expression
+    kSetBlock,  // targets[0], filters in steps of the expression, bodies[0]
     kMacro,
-    kCall,        // expression with caller = macro
-    kFilterBlock, // steps of the expression, applied to bodies[0]
-    kWith,        // targets[i] = conditions[i], then bodies[0]
-    kScope,       // bodies[0] on its own ({% generation %})
+    kCall,         // expression with caller = macro
+    kFilterBlock,  // steps of the expression, applied to bodies[0]
+    kWith,         // targets[i] = conditions[i], then bodies[0]
+    kScope,        // bodies[0] on its own ({% generation %})
     kBreak,
     kContinue,
   };

@@ -38,8 +38,8 @@ Value loop_attribute(const Loop& loop, std::string_view name) {
 }  // namespace
 
 Status Call::fail(std::string_view reason) const {
-  return template_error(line, name.empty() ? std::string(reason)
-                                           : fmt::format("{}: {}", name, reason));
+  return template_error(line,
+                        name.empty() ? std::string(reason) : fmt::format("{}: {}", name, reason));
 }
 
 Status Call::out_of_budget() const {
@@ -48,8 +48,8 @@ Status Call::out_of_budget() const {
 
 Result<std::vector<Value>> Call::bind(std::initializer_list<std::string_view> parameters) const {
   if (positional.size() > parameters.size()) {
-    return fail(fmt::format("{} arguments, expected at most {}", positional.size(),
-                            parameters.size()));
+    return fail(
+        fmt::format("{} arguments, expected at most {}", positional.size(), parameters.size()));
   }
   std::vector<Value> bound(positional);
   bound.resize(parameters.size());
@@ -173,8 +173,8 @@ Result<Value> item(const Call& call, const Value& value, const Value& key) {
   if (index && value.list() != nullptr) {
     const std::vector<Value>& items = value.list()->items;
     const auto count = static_cast<std::int64_t>(items.size());
-    const bool indexable = value.list()->shape == List::Shape::kList ||
-                           value.list()->shape == List::Shape::kTuple;
+    const bool indexable =
+        value.list()->shape == List::Shape::kList || value.list()->shape == List::Shape::kTuple;
     if (*index < 0) *index += count;
     if (indexable && *index >= 0 && *index < count) return items[*index];
   }
@@ -203,9 +203,9 @@ Result<Value> attribute_path(const Call& call, const Value& value, const Value& 
   for (std::size_t begin = 0; begin <= text.size();) {
     const std::size_t end = std::min(text.find('.', begin), text.size());
     const std::string part = text.substr(begin, end - begin);
-    const bool digits = !part.empty() && part.size() < 10 &&
-                        std::all_of(part.begin(), part.end(),
-                                    [](char c) { return c >= '0' && c <= '9'; });
+    const bool digits =
+        !part.empty() && part.size() < 10 &&
+        std::all_of(part.begin(), part.end(), [](char c) { return c >= '0' && c <= '9'; });
     if (current.is_undefined()) return call.fail("an attribute of something undefined");
     current = INFLLM_TRY(
         item(call, current, digits ? Value(std::int64_t{std::stol(part)}) : Value(part)));
@@ -242,7 +242,8 @@ Result<Value> slice(const Call& call, const Value& value, const Slice& bounds) {
   std::int64_t at = clamp(bounds.start, step > 0 ? 0 : count - 1);
   const std::int64_t stop = clamp(bounds.stop, step > 0 ? count : -1);
   if (text != nullptr && step == 1) {
-    return Value(at < stop ? text->substr(offsets[at], offsets[stop] - offsets[at]) : std::string());
+    return Value(at < stop ? text->substr(offsets[at], offsets[stop] - offsets[at])
+                           : std::string());
   }
   std::string characters;
   std::vector<Value> items;
@@ -259,11 +260,13 @@ Result<Value> slice(const Call& call, const Value& value, const Slice& bounds) {
   return call.list(std::move(items), list->shape);
 }
 
-std::string_view strip(std::string_view text, const std::string* characters, bool left, bool right) {
+std::string_view strip(std::string_view text, const std::string* characters, bool left,
+                       bool right) {
   const auto drops = [&](std::string_view c) {
     if (characters == nullptr) return is_python_space(utf8_at(c, 0).code);
     for (std::size_t at = 0; at < characters->size(); at += utf8_at(*characters, at).bytes) {
-      if (c == std::string_view(*characters).substr(at, utf8_at(*characters, at).bytes)) return true;
+      if (c == std::string_view(*characters).substr(at, utf8_at(*characters, at).bytes))
+        return true;
     }
     return false;
   };

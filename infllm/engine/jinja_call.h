@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What filters, tests, methods and functions of the template language have in common: a call with its
-// arguments, and helpers that read them as Python would.
+// What filters, tests, methods and functions of the template language have in common: a call with
+// its arguments, and helpers that read them as Python would.
 #pragma once
 
 #include <fmt/format.h>
@@ -28,13 +28,14 @@ struct Call {
   Status fail(std::string_view reason) const;
   Status out_of_budget() const;
 
-  // The arguments in the order of `parameters`, undefined where not given. Fails on one too many and
-  // on unknown names.
+  // The arguments in the order of `parameters`, undefined where not given. Fails on one too many
+  // and on unknown names.
   Result<std::vector<Value>> bind(std::initializer_list<std::string_view> parameters) const;
 
   // str() of a value, repr() of containers included.
   Result<std::string> text(const Value& value) const;
-  // The items that Python's iteration over the value yields; characters of a string, keys of a dict.
+  // The items that Python's iteration over the value yields; characters of a string, keys of a
+  // dict.
   Result<std::vector<Value>> items(const Value& value) const;
   Result<Value> list(std::vector<Value> items, List::Shape shape = List::Shape::kList) const;
   // An integer argument; `fallback` when it is undefined or None.

@@ -40,14 +40,20 @@ Result<Value> Evaluator::evaluate(const Expression& e) {
   if (!budget_.spend(1)) return make_call(e.line).out_of_budget();
   using Kind = Expression::Kind;
   switch (e.kind) {
-    case Kind::kConstant: return e.constant;
-    case Kind::kName: return look_up(e.name);
+    case Kind::kConstant:
+      return e.constant;
+    case Kind::kName:
+      return look_up(e.name);
     case Kind::kList:
     case Kind::kTuple:
-    case Kind::kDict: return container(e);
-    case Kind::kChain: return apply_steps(e, INFLLM_TRY(evaluate(*e.operands[0])), 0);
-    case Kind::kArithmetic: return arithmetic(e);
-    case Kind::kCompare: return comparison(e);
+    case Kind::kDict:
+      return container(e);
+    case Kind::kChain:
+      return apply_steps(e, INFLLM_TRY(evaluate(*e.operands[0])), 0);
+    case Kind::kArithmetic:
+      return arithmetic(e);
+    case Kind::kCompare:
+      return comparison(e);
     case Kind::kConcatenate: {
       std::string out;
       for (const ExpressionPtr& operand : e.operands) {
@@ -64,9 +70,11 @@ Result<Value> Evaluator::evaluate(const Expression& e) {
       }
       return value;
     }
-    case Kind::kNot: return Value(!truthy(INFLLM_TRY(evaluate(*e.operands[0]))));
+    case Kind::kNot:
+      return Value(!truthy(INFLLM_TRY(evaluate(*e.operands[0]))));
     case Kind::kNegate:
-    case Kind::kPlus: return sign(e);
+    case Kind::kPlus:
+      return sign(e);
     case Kind::kConditional:
       if (truthy(INFLLM_TRY(evaluate(*e.operands[1])))) return evaluate(*e.operands[0]);
       return e.operands.size() > 2 ? evaluate(*e.operands[2]) : Result<Value>(Value());
@@ -91,8 +99,8 @@ Result<Value> Evaluator::container(const Expression& e) {
     dict.set(*key.string(), INFLLM_TRY(evaluate(*e.operands[i + 1])));
   }
   if (std::optional<Value> made = make_dict(std::move(dict))) return std::move(*made);
-  return call.fail(fmt::format("a dict holds plain data only, at most {} levels deep",
-                               kMaxValueDepth));
+  return call.fail(
+      fmt::format("a dict holds plain data only, at most {} levels deep", kMaxValueDepth));
 }
 
 Result<Value> Evaluator::arithmetic(const Expression& e) {
@@ -125,7 +133,8 @@ Result<Value> Evaluator::comparison(const Expression& e) {
       holds = INFLLM_TRY(call.is_equal(left, right)) == (op == "==");
     } else {
       const bool greater = op[0] == '>';
-      holds = greater ? INFLLM_TRY(call.is_less(right, left)) : INFLLM_TRY(call.is_less(left, right));
+      holds =
+          greater ? INFLLM_TRY(call.is_less(right, left)) : INFLLM_TRY(call.is_less(left, right));
       if (op.size() == 2) holds = holds || INFLLM_TRY(call.is_equal(left, right));
     }
     if (!holds) return Value(false);
@@ -162,8 +171,10 @@ Result<Value> Evaluator::apply_step(const Step& step, Value value) {
     return call.fail(reason == nullptr ? "an undefined value" : *reason);
   }
   switch (step.kind) {
-    case Kind::kAttribute: return attribute(call, value, step.name);
-    case Kind::kIndex: return item(call, value, INFLLM_TRY(evaluate(*step.parts[0])));
+    case Kind::kAttribute:
+      return attribute(call, value, step.name);
+    case Kind::kIndex:
+      return item(call, value, INFLLM_TRY(evaluate(*step.parts[0])));
     case Kind::kSlice: {
       std::optional<std::int64_t> bounds[3];
       for (int i = 0; i < 3; ++i) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The expression half of the interpreter, which the statement half (jinja_interpreter.cc) builds on.
+// The expression half of the interpreter, which the statement half (jinja_interpreter.cc) builds
+// on.
 #pragma once
 
 #include <optional>

@@ -2,6 +2,8 @@
 //
 // Filters of one value. Those that work on sequences by an attribute or a test are in
 // jinja_sequence_filters.cc.
+#include "infllm/engine/jinja_filters.h"
+
 #include <fmt/format.h>
 
 #include <charconv>
@@ -9,7 +11,6 @@
 #include <cstdlib>
 
 #include "infllm/engine/jinja_call.h"
-#include "infllm/engine/jinja_filters.h"
 #include "infllm/engine/utf8.h"
 
 namespace infllm::engine::jinja {
@@ -106,8 +107,7 @@ Result<Value> absolute(const Call& call) {
 Result<Value> round_number(const Call& call) {
   const std::vector<Value> bound = INFLLM_TRY(call.bind({"precision", "method"}));
   const std::int64_t precision = INFLLM_TRY(call.integer(bound[0], 0));
-  const std::string method =
-      bound[1].is_undefined() ? "common" : INFLLM_TRY(call.text(bound[1]));
+  const std::string method = bound[1].is_undefined() ? "common" : INFLLM_TRY(call.text(bound[1]));
   if (precision < 0 || precision > 15) return call.fail("the precision must be from 0 to 15");
   if (!call.self.is_number()) {
     return call.fail(fmt::format("needs a number, found a {}", call.self.type_name()));
@@ -159,8 +159,8 @@ Result<Value> to_json(const Call& call) {
   std::string out;
   if (append_json(out, call.self, style, call.budget)) return Value(std::move(out));
   if (call.budget.steps < 0 || call.budget.bytes < 0) return call.out_of_budget();
-  return call.fail(fmt::format("a {} is or holds something that JSON has no form for",
-                               call.self.type_name()));
+  return call.fail(
+      fmt::format("a {} is or holds something that JSON has no form for", call.self.type_name()));
 }
 
 Result<Value> indent(const Call& call) {

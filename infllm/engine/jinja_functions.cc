@@ -62,8 +62,8 @@ Result<Value> dict(const Call& call) {
   }
   for (const auto& [key, value] : call.named) out.set(key, value);
   if (std::optional<Value> made = make_dict(std::move(out))) return std::move(*made);
-  return call.fail(fmt::format("a dict holds plain data only, at most {} levels deep",
-                               kMaxValueDepth));
+  return call.fail(
+      fmt::format("a dict holds plain data only, at most {} levels deep", kMaxValueDepth));
 }
 
 Result<Value> format_time(const Call& call, std::int64_t now) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The functions that templates find without being given them: range, dict, namespace, raise_exception,
-// and strftime_now where the caller says what time it is.
+// The functions that templates find without being given them: range, dict, namespace,
+// raise_exception, and strftime_now where the caller says what time it is.
 #pragma once
 
 #include <cstdint>

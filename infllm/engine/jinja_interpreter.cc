@@ -87,7 +87,8 @@ class Interpreter : public Evaluator {
         }
         return s.bodies.size() > s.conditions.size() ? run_block(s.bodies.back())
                                                      : Result<Flow>(Flow::kNext);
-      case Kind::kFor: return run_for(s);
+      case Kind::kFor:
+        return run_for(s);
       case Kind::kSet:
         INFLLM_TRY(assign(s, INFLLM_TRY(evaluate(*s.expression))));
         return Flow::kNext;
@@ -102,8 +103,10 @@ class Interpreter : public Evaluator {
         }
         return assign_outside(s, std::move(value));
       }
-      case Kind::kMacro: return define_macro(s);
-      case Kind::kCall: return run_call(s);
+      case Kind::kMacro:
+        return define_macro(s);
+      case Kind::kCall:
+        return run_call(s);
       case Kind::kWith: {
         std::vector<Value> values;
         for (const ExpressionPtr& value : s.conditions) {
@@ -117,8 +120,10 @@ class Interpreter : public Evaluator {
         const Inner inner(*this, scope_);
         return run_block(s.bodies[0]);
       }
-      case Kind::kBreak: return Flow::kBreak;
-      case Kind::kContinue: return Flow::kContinue;
+      case Kind::kBreak:
+        return Flow::kBreak;
+      case Kind::kContinue:
+        return Flow::kContinue;
     }
     return Flow::kNext;
   }
@@ -135,10 +140,9 @@ class Interpreter : public Evaluator {
 
   Status assign(const Statement& s, Value value) {
     if (s.targets.size() == 1) return assign_one(s.targets[0], std::move(value), s.line);
-    return unpack(s.targets, value, s.line,
-                  [&](const std::string& target, const Value& part) {
-                    return assign_one(target, part, s.line);
-                  });
+    return unpack(s.targets, value, s.line, [&](const std::string& target, const Value& part) {
+      return assign_one(target, part, s.line);
+    });
   }
 
   Status assign_one(const std::string& target, Value value, int line) {
@@ -150,8 +154,8 @@ class Interpreter : public Evaluator {
     const std::string name = target.substr(0, dot), attribute_name = target.substr(dot + 1);
     const Value object = INFLLM_TRY(look_up(name));
     if (object.name_space() == nullptr) {
-      return template_error(line, fmt::format("\"{}\" is no namespace, so {} cannot be set", name,
-                                              target));
+      return template_error(
+          line, fmt::format("\"{}\" is no namespace, so {} cannot be set", name, target));
     }
     if (!value.is_data()) return template_error(line, "a namespace holds plain data only");
     if (attribute_name.starts_with('_')) {
@@ -166,8 +170,8 @@ class Interpreter : public Evaluator {
                 Assign&& assign_part) {
     const std::vector<Value> parts = INFLLM_TRY(make_call(line).items(value));
     if (parts.size() != targets.size()) {
-      return template_error(line, fmt::format("{} values for {} names", parts.size(),
-                                              targets.size()));
+      return template_error(line,
+                            fmt::format("{} values for {} names", parts.size(), targets.size()));
     }
     for (std::size_t i = 0; i < parts.size(); ++i) INFLLM_TRY(assign_part(targets[i], parts[i]));
     return {};
@@ -222,8 +226,9 @@ class Interpreter : public Evaluator {
     if (scope_ != &root_) {
       return template_error(s.line, "a macro inside a loop, macro or block is not supported");
     }
-    scope_->set(s.macro->name, Value(std::make_shared<const Function>(Function{
-                                   .name = s.macro->name, .macro = s.macro.get(), .scope = &root_})));
+    scope_->set(s.macro->name,
+                Value(std::make_shared<const Function>(
+                    Function{.name = s.macro->name, .macro = s.macro.get(), .scope = &root_})));
     return Flow::kNext;
   }
 

@@ -15,7 +15,7 @@ bool is_digit(char c) { return c >= '0' && c <= '9'; }
 bool starts_name(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; }
 bool is_name(char c) { return starts_name(c) || is_digit(c); }
 int hex_digit(char c) {
-  return is_digit(c)              ? c - '0'
+  return is_digit(c)            ? c - '0'
          : c >= 'a' && c <= 'f' ? c - 'a' + 10
          : c >= 'A' && c <= 'F' ? c - 'A' + 10
                                 : -1;
@@ -117,10 +117,10 @@ class Lexer {
   // The end of a tag at the current place: '-' strips all white space after it, else a statement or
   // comment takes one newline unless '+' keeps it. False when there is no end here.
   bool tag_end(std::string_view end, bool trim) {
-    const bool minus = at_ < text_.size() && text_[at_] == '-' &&
-                       text_.substr(at_ + 1).starts_with(end);
-    const bool plus = trim && at_ < text_.size() && text_[at_] == '+' &&
-                      text_.substr(at_ + 1).starts_with(end);
+    const bool minus =
+        at_ < text_.size() && text_[at_] == '-' && text_.substr(at_ + 1).starts_with(end);
+    const bool plus =
+        trim && at_ < text_.size() && text_[at_] == '+' && text_.substr(at_ + 1).starts_with(end);
     if (!minus && !plus && !at(end)) return false;
     const std::size_t start = at_;
     advance(at_ + end.size() + (minus || plus ? 1 : 0));
@@ -301,8 +301,8 @@ class Lexer {
     }
     const char c = text_[at_];
     if (std::string_view("+-/*%~[](){}><=.:|,").find(c) == std::string_view::npos) {
-      return fail(fmt::format("unexpected character '{}'", text_.substr(
-                                                                at_, utf8_at(text_, at_).bytes)));
+      return fail(
+          fmt::format("unexpected character '{}'", text_.substr(at_, utf8_at(text_, at_).bytes)));
     }
     if (c == '(' || c == '[' || c == '{') brackets.push_back(c == '(' ? ')' : c == '[' ? ']' : '}');
     if (c == ')' || c == ']' || c == '}') {

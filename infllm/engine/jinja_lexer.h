@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Template text -> tokens, with white space handled as Hugging Face sets up Jinja: trim_blocks (the
-// newline after a statement or comment goes), lstrip_blocks (blanks before one at the start of a line
-// go), '-' and '+' at the tags, {% raw %}, and no newline at the very end.
+// newline after a statement or comment goes), lstrip_blocks (blanks before one at the start of a
+// line go), '-' and '+' at the tags, {% raw %}, and no newline at the very end.
 #pragma once
 
 #include <string>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Methods of strings, dictionaries and lists. Those that would change their object do not exist: the
-// sandbox that templates are written for refuses them too.
+// Methods of strings, dictionaries and lists. Those that would change their object do not exist:
+// the sandbox that templates are written for refuses them too.
 #include <algorithm>
 #include <array>
 
@@ -13,10 +13,10 @@ namespace infllm::engine::jinja {
 namespace {
 
 constexpr std::array kStringMethods = {
-    "capitalize", "count",   "endswith",     "find",         "isalnum", "isalpha", "isdigit",
-    "islower",    "isspace", "isupper",      "join",         "lower",   "lstrip",  "partition",
-    "replace",    "rfind",   "removeprefix", "removesuffix", "rsplit",  "rstrip",  "rpartition",
-    "split",      "splitlines", "startswith", "strip",       "title",   "upper"};
+    "capitalize", "count",      "endswith",     "find",         "isalnum", "isalpha", "isdigit",
+    "islower",    "isspace",    "isupper",      "join",         "lower",   "lstrip",  "partition",
+    "replace",    "rfind",      "removeprefix", "removesuffix", "rsplit",  "rstrip",  "rpartition",
+    "split",      "splitlines", "startswith",   "strip",        "title",   "upper"};
 constexpr std::array kDictMethods = {"copy", "get", "items", "keys", "values"};
 constexpr std::array kListMethods = {"copy", "count", "index"};
 constexpr std::array kLoopMethods = {"changed", "cycle"};

@@ -16,7 +16,8 @@ class Parser : public ExpressionParser {
 
   Result<Block> run() {
     Block block = INFLLM_TRY(body({}));
-    if (peek().kind != Token::Kind::kEnd) return fail(fmt::format("unexpected {{% {} %}}", ended_by_));
+    if (peek().kind != Token::Kind::kEnd)
+      return fail(fmt::format("unexpected {{% {} %}}", ended_by_));
     return block;
   }
 
@@ -89,7 +90,8 @@ class Parser : public ExpressionParser {
       INFLLM_TRY(close());
     } else {
       return template_error(
-          line, fmt::format("statement \"{:.32}\" is unknown, out of place or not supported", name));
+          line,
+          fmt::format("statement \"{:.32}\" is unknown, out of place or not supported", name));
     }
     return out;
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tokens -> tree, with Jinja's precedence: conditional, or, and, not, comparison, + -, ~, * / // %, **,
-// unary, then the chain of attributes, calls, filters and tests.
+// Tokens -> tree, with Jinja's precedence: conditional, or, and, not, comparison, + -, ~, * / // %,
+// **, unary, then the chain of attributes, calls, filters and tests.
 #pragma once
 
 #include <string_view>

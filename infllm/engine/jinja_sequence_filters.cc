@@ -20,8 +20,8 @@ Result<Value> sort_key(const Call& call, const Value& value, const Value& path, 
     std::vector<Value> keys;
     for (std::size_t begin = 0; begin <= text.size();) {
       const std::size_t end = std::min(text.find(',', begin), text.size());
-      keys.push_back(INFLLM_TRY(
-          sort_key(call, value, Value(text.substr(begin, end - begin)), with_case)));
+      keys.push_back(
+          INFLLM_TRY(sort_key(call, value, Value(text.substr(begin, end - begin)), with_case)));
       begin = end + 1;
     }
     return call.list(std::move(keys));
@@ -68,8 +68,8 @@ Status stable_sort(const Call& call, std::vector<Keyed>& items, bool reverse) {
 Result<Value> sort(const Call& call) {
   const std::vector<Value> bound =
       INFLLM_TRY(call.bind({"reverse", "case_sensitive", "attribute"}));
-  std::vector<Keyed> items = INFLLM_TRY(
-      keyed(call, INFLLM_TRY(call.items(call.self)), bound[2], truthy(bound[1])));
+  std::vector<Keyed> items =
+      INFLLM_TRY(keyed(call, INFLLM_TRY(call.items(call.self)), bound[2], truthy(bound[1])));
   INFLLM_TRY(stable_sort(call, items, truthy(bound[0])));
   std::vector<Value> out;
   for (Keyed& item : items) out.push_back(std::move(item.value));
@@ -96,8 +96,8 @@ Result<Value> dict_sort(const Call& call) {
 
 Result<Value> extreme(const Call& call) {
   const std::vector<Value> bound = INFLLM_TRY(call.bind({"case_sensitive", "attribute"}));
-  const std::vector<Keyed> items = INFLLM_TRY(
-      keyed(call, INFLLM_TRY(call.items(call.self)), bound[1], truthy(bound[0])));
+  const std::vector<Keyed> items =
+      INFLLM_TRY(keyed(call, INFLLM_TRY(call.items(call.self)), bound[1], truthy(bound[0])));
   if (items.empty()) return Value();
   const Keyed* best = &items[0];
   for (const Keyed& item : items) {
@@ -111,8 +111,8 @@ Result<Value> extreme(const Call& call) {
 Result<Value> unique(const Call& call) {
   const std::vector<Value> bound = INFLLM_TRY(call.bind({"case_sensitive", "attribute"}));
   std::vector<Value> seen, out;
-  for (Keyed& item : INFLLM_TRY(keyed(call, INFLLM_TRY(call.items(call.self)), bound[1],
-                                      truthy(bound[0])))) {
+  for (Keyed& item :
+       INFLLM_TRY(keyed(call, INFLLM_TRY(call.items(call.self)), bound[1], truthy(bound[0])))) {
     bool is_new = true;
     for (const Value& key : seen) {
       if (INFLLM_TRY(call.is_equal(key, item.key))) is_new = false;
@@ -179,8 +179,7 @@ Result<Value> select(const Call& call) {
   }
   std::vector<Value> out;
   for (const Value& value : INFLLM_TRY(call.items(call.self))) {
-    test.self =
-        by_attribute ? INFLLM_TRY(attribute_path(call, value, call.positional[0])) : value;
+    test.self = by_attribute ? INFLLM_TRY(attribute_path(call, value, call.positional[0])) : value;
     const bool passes = test.name.empty() ? truthy(test.self) : INFLLM_TRY(apply_test(test));
     if (passes == keep) out.push_back(value);
     if (!call.budget.spend(1)) return call.out_of_budget();

@@ -125,11 +125,11 @@ bool truthy(const Value& value) {
 std::optional<bool> equal(const Value& a, const Value& b, Budget& budget) {
   if (!budget.spend(1)) return std::nullopt;
   if (a.is_number() && b.is_number()) return compare_numbers(a, b) == 0;
-  if (const std::string *s = a.string(), *t = b.string(); s != nullptr && t != nullptr) {
+  if (const std::string* s = a.string(), *t = b.string(); s != nullptr && t != nullptr) {
     if (!budget.spend(static_cast<std::int64_t>(s->size() / 256))) return std::nullopt;
     return *s == *t;
   }
-  if (const List *l = a.list(), *m = b.list(); l != nullptr && m != nullptr) {
+  if (const List* l = a.list(), *m = b.list(); l != nullptr && m != nullptr) {
     if (l == m) return true;
     if (l->shape != m->shape || l->items.size() != m->items.size()) return false;
     for (std::size_t i = 0; i < l->items.size(); ++i) {
@@ -138,7 +138,7 @@ std::optional<bool> equal(const Value& a, const Value& b, Budget& budget) {
     }
     return true;
   }
-  if (const Dict *d = a.dict(), *e = b.dict(); d != nullptr && e != nullptr) {
+  if (const Dict* d = a.dict(), *e = b.dict(); d != nullptr && e != nullptr) {
     if (d == e) return true;
     if (d->items.size() != e->items.size()) return false;
     for (const auto& [key, value] : d->items) {
@@ -162,11 +162,11 @@ std::optional<bool> equal(const Value& a, const Value& b, Budget& budget) {
 std::optional<bool> less(const Value& a, const Value& b, Budget& budget) {
   if (!budget.spend(1)) return std::nullopt;
   if (a.is_number() && b.is_number()) return compare_numbers(a, b) == -1;
-  if (const std::string *s = a.string(), *t = b.string(); s != nullptr && t != nullptr) {
+  if (const std::string* s = a.string(), *t = b.string(); s != nullptr && t != nullptr) {
     if (!budget.spend(static_cast<std::int64_t>(s->size() / 256))) return std::nullopt;
     return *s < *t;  // UTF-8 sorts as its code points do
   }
-  if (const List *l = a.list(), *m = b.list(); l != nullptr && m != nullptr) {
+  if (const List* l = a.list(), *m = b.list(); l != nullptr && m != nullptr) {
     if (l->shape != m->shape) return std::nullopt;
     for (std::size_t i = 0; i < l->items.size() && i < m->items.size(); ++i) {
       const std::optional<bool> same = equal(l->items[i], m->items[i], budget);

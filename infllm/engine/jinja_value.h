@@ -3,10 +3,10 @@
 // The values of the template language: Python's, as far as templates see them. Values never change
 // after they are made, but for namespaces; copying one copies a pointer.
 //
-// Templates come from outside, so every operation that could take long or grow large draws on a Budget
-// and reports when it is spent. Containers know how deeply they nest and refuse to nest deeper than
-// kMaxValueDepth, so that recursion over them is safe; only plain data goes into them, so that they
-// form no cycles.
+// Templates come from outside, so every operation that could take long or grow large draws on a
+// Budget and reports when it is spent. Containers know how deeply they nest and refuse to nest
+// deeper than kMaxValueDepth, so that recursion over them is safe; only plain data goes into them,
+// so that they form no cycles.
 #pragma once
 
 #include <cstdint>
@@ -48,19 +48,19 @@ struct None {};
 
 class Value {
  public:
-  Value() = default;  // undefined
-  Value(Undefined u) : data_(std::move(u)) {}                    // NOLINT
-  Value(None n) : data_(n) {}                                    // NOLINT
-  Value(bool b) : data_(b) {}                                    // NOLINT
-  Value(std::int64_t i) : data_(i) {}                            // NOLINT
-  Value(double d) : data_(d) {}                                  // NOLINT
-  Value(std::string s)                                           // NOLINT
+  Value() = default;                           // undefined
+  Value(Undefined u) : data_(std::move(u)) {}  // NOLINT
+  Value(None n) : data_(n) {}                  // NOLINT
+  Value(bool b) : data_(b) {}                  // NOLINT
+  Value(std::int64_t i) : data_(i) {}          // NOLINT
+  Value(double d) : data_(d) {}                // NOLINT
+  Value(std::string s)                         // NOLINT
       : data_(std::make_shared<const std::string>(std::move(s))) {}
-  Value(const char*) = delete;  // would become a bool
-  Value(std::shared_ptr<const List> l) : data_(std::move(l)) {}  // NOLINT
-  Value(std::shared_ptr<const Dict> d) : data_(std::move(d)) {}  // NOLINT
-  Value(std::shared_ptr<Namespace> n) : data_(std::move(n)) {}   // NOLINT
-  Value(std::shared_ptr<Loop> l) : data_(std::move(l)) {}        // NOLINT
+  Value(const char*) = delete;                                       // would become a bool
+  Value(std::shared_ptr<const List> l) : data_(std::move(l)) {}      // NOLINT
+  Value(std::shared_ptr<const Dict> d) : data_(std::move(d)) {}      // NOLINT
+  Value(std::shared_ptr<Namespace> n) : data_(std::move(n)) {}       // NOLINT
+  Value(std::shared_ptr<Loop> l) : data_(std::move(l)) {}            // NOLINT
   Value(std::shared_ptr<const Function> f) : data_(std::move(f)) {}  // NOLINT
 
   bool is_undefined() const { return std::holds_alternative<Undefined>(data_); }
@@ -138,12 +138,13 @@ struct Loop {
 struct MacroNode;
 struct Scope;
 
-// Something that can be called: a function of the language, a method bound to its object, or a macro.
+// Something that can be called: a function of the language, a method bound to its object, or a
+// macro.
 struct Function {
   std::string name;
-  std::optional<Value> self;           // of a method
-  const MacroNode* macro = nullptr;    // of a macro
-  Scope* scope = nullptr;              // where a macro looks for names; outlives the function
+  std::optional<Value> self;         // of a method
+  const MacroNode* macro = nullptr;  // of a macro
+  Scope* scope = nullptr;            // where a macro looks for names; outlives the function
 };
 
 // Containers of plain data; nothing when an item is no data or the nesting would be too deep.

@@ -49,9 +49,8 @@ inline Result<bool> bool_member(const nlohmann::json& object, const char* key,
 inline Result<std::int32_t> id_value(const nlohmann::json& value, std::string_view where,
                                      std::int32_t limit) {
   if (!value.is_number_unsigned() || value.get<std::uint64_t>() >= std::uint64_t(limit)) {
-    return data_error(
-        fmt::format("{}: expected an id from 0 to {}, found a {}{}", where, limit - 1,
-                    value.type_name(), value.is_number() ? " outside of that" : ""));
+    return data_error(fmt::format("{}: expected an id from 0 to {}, found a {}{}", where, limit - 1,
+                                  value.type_name(), value.is_number() ? " outside of that" : ""));
   }
   return static_cast<std::int32_t>(value.get<std::uint64_t>());
 }

@@ -83,8 +83,8 @@ std::string Normalizer::apply_steps(std::string_view segment, bool& at_start) co
   return text;
 }
 
-// What stands for the text at `at`: a user-defined piece itself, else the longest replacement of the
-// map, else the character. A stray byte becomes U+FFFD here, which the map does not see.
+// What stands for the text at `at`: a user-defined piece itself, else the longest replacement of
+// the map, else the character. A stray byte becomes U+FFFD here, which the map does not see.
 Normalizer::Unit Normalizer::next_unit(std::string_view text, std::size_t at) const {
   if (const ByteTrie::Match match = user_defined_.longest_prefix(text, at); match.value >= 0) {
     return {text.substr(at, match.bytes), match.bytes};

@@ -18,8 +18,9 @@ class Normalizer {
   // kDataError when the character map is broken. Keeps a reference to spec.normalizer.
   static Result<Normalizer> create(const TokenizerSpec& spec);
 
-  // `segment` is valid UTF-8, but for SentencePiece, which repairs it on the way. `at_start` says whether it begins where the text begins; it becomes
-  // false when characters at the beginning are dropped.
+  // `segment` is valid UTF-8, but for SentencePiece, which repairs it on the way. `at_start` says
+  // whether it begins where the text begins; it becomes false when characters at the beginning are
+  // dropped.
   std::string apply(std::string_view segment, bool& at_start) const;
 
  private:

@@ -46,8 +46,8 @@ class Scanner {
     const bool gpt2 = pattern_ == SplitPattern::kGpt2;
     // Letters, after one space (GPT-2) or one character that is no newline and no number.
     if (first.kind == Class::kLetter) return run(at, Class::kLetter);
-    const bool may_lead = gpt2 ? first.code == ' '
-                               : first.kind == Class::kSpace || first.kind == Class::kOther;
+    const bool may_lead =
+        gpt2 ? first.code == ' ' : first.kind == Class::kSpace || first.kind == Class::kOther;
     if (may_lead && second.kind == Class::kLetter) return run(first.end, Class::kLetter);
     // Numbers.
     if (first.kind == Class::kNumber) {
@@ -101,8 +101,8 @@ class Scanner {
     return both ? second.end : 0;
   }
 
-  // Up to the last newline of the run, if it has one (not in GPT-2). Otherwise the run, less its last
-  // character when a word follows, which then begins with that character.
+  // Up to the last newline of the run, if it has one (not in GPT-2). Otherwise the run, less its
+  // last character when a word follows, which then begins with that character.
   std::size_t white_space(std::size_t at) const {
     std::size_t end = at, last_start = at, newline_end = 0;
     for (Look next = look(at); next.kind == Class::kSpace || next.kind == Class::kNewline;
@@ -162,8 +162,8 @@ std::vector<std::string> metaspace(const PreTokenizerSpec& spec, std::string_vie
       text += c;
     }
   }
-  const bool prepend = spec.prepend == PrependScheme::kAlways ||
-                       (spec.prepend == PrependScheme::kFirst && at_start);
+  const bool prepend =
+      spec.prepend == PrependScheme::kAlways || (spec.prepend == PrependScheme::kFirst && at_start);
   if (prepend && !text.starts_with(kSpaceMarker)) text.insert(0, kSpaceMarker);
   if (spec.metaspace_split) return cut_at_markers(std::move(text));
   return {std::move(text)};

@@ -2,8 +2,8 @@
 //
 // The second step of a tokenizer: cuts normalized text into the words that BPE never merges across.
 //
-// The split patterns of the GPT-2, Llama 3 and Qwen 2 families are written out by hand, as one left to
-// right scan with the alternatives of the pattern in their order; there is no regular expression
+// The split patterns of the GPT-2, Llama 3 and Qwen 2 families are written out by hand, as one left
+// to right scan with the alternatives of the pattern in their order; there is no regular expression
 // engine, so no input makes it slow.
 #pragma once
 

@@ -12,8 +12,9 @@ namespace {
 
 // A uniform number in [0, 1) for a step of a request, of 53 random bits.
 double uniform(std::uint64_t seed, std::uint64_t at) {
-  const auto words = philox({static_cast<std::uint32_t>(at), static_cast<std::uint32_t>(at >> 32), 0, 0},
-                            {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
+  const auto words =
+      philox({static_cast<std::uint32_t>(at), static_cast<std::uint32_t>(at >> 32), 0, 0},
+             {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
   const std::uint64_t bits = (std::uint64_t{words[1]} << 32) | words[0];
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
@@ -32,10 +33,9 @@ std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t a = std::uint64_t{0xD2511F53} * counter[0];
     const std::uint64_t b = std::uint64_t{0xCD9E8D57} * counter[2];
-    counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0],
-               static_cast<std::uint32_t>(b),
-               static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1],
-               static_cast<std::uint32_t>(a)};
+    counter = {
+        static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b),
+        static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(a)};
     key[0] += 0x9E3779B9;
     key[1] += 0xBB67AE85;
   }
@@ -84,8 +84,7 @@ void Sampler::penalize(std::span<const std::int32_t> tokens, std::int64_t prompt
     float& logit = candidates_[token].logit;  // candidates are still in the order of their ids
     if (r != 1.0f) logit = logit > 0 ? logit / r : logit * r;
     if (count > 0) {
-      logit -= params_.presence_penalty +
-               params_.frequency_penalty * static_cast<float>(count);
+      logit -= params_.presence_penalty + params_.frequency_penalty * static_cast<float>(count);
     }
   }
 }

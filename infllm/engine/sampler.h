@@ -3,8 +3,10 @@
 // The next token from the logits of one sequence.
 //
 // Steps, in the order of Hugging Face's logits processors and warpers:
-//   1. repetition_penalty r (Hugging Face): tokens of the prompt or the answer: l > 0 ? l / r : l * r
-//   2. presence and frequency penalty (OpenAI): tokens of the answer: l - presence - frequency * count
+//   1. repetition_penalty r (Hugging Face): tokens of the prompt or the answer: l > 0 ? l / r : l *
+//   r
+//   2. presence and frequency penalty (OpenAI): tokens of the answer: l - presence - frequency *
+//   count
 //   3. temperature 0 ends here: the largest logit, of equals the smallest id. Else l / temperature
 //   4. top_k: the k largest stay; 0 is off
 //   5. top_p: the fewest tokens whose probabilities reach top_p stay; 1 is off
@@ -12,12 +14,12 @@
 //   7. one token, drawn by its probability among those that stayed
 // Equal logits rank by id, smaller first, so the result never depends on how a sort treats ties.
 //
-// Randomness is a function of (seed, position) alone, by the counter-based generator Philox 4x32-10:
-// the same request draws the same tokens whatever else runs in its batch, and step n needs no step
-// before it.
+// Randomness is a function of (seed, position) alone, by the counter-based generator Philox
+// 4x32-10: the same request draws the same tokens whatever else runs in its batch, and step n needs
+// no step before it.
 //
-// Logits: minus infinity forbids a token. NaN and plus infinity mean that the model's computation went
-// wrong, and are an error.
+// Logits: minus infinity forbids a token. NaN and plus infinity mean that the model's computation
+// went wrong, and are an error.
 //
 //   INFLLM_TRY(check(params));
 //   Sampler sampler(params);
@@ -51,8 +53,9 @@ class Sampler {
  public:
   explicit Sampler(const SamplingParams& params) : params_(params) {}
 
-  // The token that follows `tokens`, of which the first `prompt_tokens` are the prompt. Its position
-  // is tokens.size(). The logits are not changed; one per token of the vocabulary, O(V) expected.
+  // The token that follows `tokens`, of which the first `prompt_tokens` are the prompt. Its
+  // position is tokens.size(). The logits are not changed; one per token of the vocabulary, O(V)
+  // expected.
   Result<std::int32_t> sample(std::span<const float> logits, std::span<const std::int32_t> tokens,
                               std::int64_t prompt_tokens);
 

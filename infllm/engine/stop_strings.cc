@@ -14,8 +14,8 @@ Status StopStrings::check(const std::vector<std::string>& strings) {
   }
   for (const std::string& text : strings) {
     if (text.empty() || text.size() > kMaxBytes) {
-      return invalid_argument(fmt::format("a stop string of {} bytes, expected 1 to {}", text.size(),
-                                          kMaxBytes));
+      return invalid_argument(
+          fmt::format("a stop string of {} bytes, expected 1 to {}", text.size(), kMaxBytes));
     }
   }
   return {};
@@ -23,8 +23,8 @@ Status StopStrings::check(const std::vector<std::string>& strings) {
 
 std::string StopStrings::push(std::string_view text) {
   if (stopped()) return {};
-  // Byte by byte, because the first string to be complete counts: with "abcd" and "bc", "abcd" stops
-  // at "bc" however it is cut into pieces.
+  // Byte by byte, because the first string to be complete counts: with "abcd" and "bc", "abcd"
+  // stops at "bc" however it is cut into pieces.
   std::string shown;
   for (const char c : text) {
     held_ += c;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Ends an answer at a stop string, while it streams. Text that may be the beginning of a stop string
-// is held back until it is decided, so that no part of one is ever shown, and what was streamed equals
-// what cutting the whole text at its first stop string gives: the first to be complete, and of those
-// that end together the longest.
+// Ends an answer at a stop string, while it streams. Text that may be the beginning of a stop
+// string is held back until it is decided, so that no part of one is ever shown, and what was
+// streamed equals what cutting the whole text at its first stop string gives: the first to be
+// complete, and of those that end together the longest.
 //
 //   StopStrings stops({"\nUser:", "###"});
 //   std::cout << stops.push("Well.\nUs");   // "Well."

@@ -21,8 +21,8 @@ Result<std::string> read_text_file(const std::filesystem::path& path, std::size_
   while (in.read(block, sizeof block) || in.gcount() > 0) {
     text.append(block, static_cast<std::size_t>(in.gcount()));
     if (text.size() > max_bytes) {
-      return data_error(fmt::format("{}: larger than the limit of {} bytes", path.string(),
-                                    max_bytes));
+      return data_error(
+          fmt::format("{}: larger than the limit of {} bytes", path.string(), max_bytes));
     }
   }
   if (in.bad()) return io_error(fmt::format("{}: read error", path.string()));

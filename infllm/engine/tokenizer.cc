@@ -117,10 +117,12 @@ Result<Tokenizer> Tokenizer::load(const std::filesystem::path& folder) {
                                   ? Result<std::string>(std::string())
                                   : read_text_file(folder / "tokenizer.model", kMaxTokenizerBytes);
   if (!has_json && model.status().code() == StatusCode::kNotFound) {
-    return not_found(fmt::format("{}: neither tokenizer.json nor tokenizer.model", folder.string()));
+    return not_found(
+        fmt::format("{}: neither tokenizer.json nor tokenizer.model", folder.string()));
   }
   const std::string file = INFLLM_TRY(has_json ? std::move(json) : std::move(model));
-  TokenizerSpec spec = INFLLM_TRY(has_json ? read_tokenizer_json(file) : read_tokenizer_model(file));
+  TokenizerSpec spec =
+      INFLLM_TRY(has_json ? read_tokenizer_json(file) : read_tokenizer_model(file));
 
   // Tokens that the file has already keep their flags from there.
   std::vector<AddedToken> more;
@@ -172,7 +174,8 @@ Result<Tokenizer> Tokenizer::load(const std::filesystem::path& folder) {
 std::vector<std::int32_t> Tokenizer::encode(std::string_view text, EncodeOptions options) const {
   const State& s = *state_;
   std::string repaired;
-  if (!s.spec.normalizer.sentencepiece && !utf8_valid(text)) text = repaired = utf8_repair(text, Utf8Repair::kPerByte);
+  if (!s.spec.normalizer.sentencepiece && !utf8_valid(text))
+    text = repaired = utf8_repair(text, Utf8Repair::kPerByte);
 
   std::vector<std::int32_t> ids;
   if (options.add_bos) ids = s.spec.prefix_ids;

@@ -10,12 +10,13 @@
 //   for (std::int32_t id : ids) std::cout << decoder.push(id);
 //   std::cout << decoder.finish();
 //
-// Encoding equals that of the PyPI packages `tokenizers` (for tokenizer.json) and `sentencepiece` (for
-// tokenizer.model). Text that is not UTF-8 is repaired first: one U+FFFD per offending byte.
+// Encoding equals that of the PyPI packages `tokenizers` (for tokenizer.json) and `sentencepiece`
+// (for tokenizer.model). Text that is not UTF-8 is repaired first: one U+FFFD per offending byte.
 //
-// Decoding equals theirs, but for byte tokens that form no UTF-8: each stray byte becomes one U+FFFD
-// and the characters around it stay, as SentencePiece does; `tokenizers` gives up the whole run of byte
-// tokens, which no stream could know in time. Control tokens and the unknown token leave no text.
+// Decoding equals theirs, but for byte tokens that form no UTF-8: each stray byte becomes one
+// U+FFFD and the characters around it stay, as SentencePiece does; `tokenizers` gives up the whole
+// run of byte tokens, which no stream could know in time. Control tokens and the unknown token
+// leave no text.
 //
 // Thread safety: a Tokenizer never changes after load; share it freely.
 #pragma once
@@ -35,7 +36,7 @@
 namespace infllm::engine {
 
 struct EncodeOptions {
-  bool add_bos = true;        // the ids that the checkpoint puts around a text; for most that is bos
+  bool add_bos = true;  // the ids that the checkpoint puts around a text; for most that is bos
   bool parse_special = true;  // "<s>" in the text is the token, not four characters
 };
 

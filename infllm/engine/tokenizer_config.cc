@@ -22,8 +22,8 @@ Result<Json> read_optional_json(const std::filesystem::path& folder, const char*
   Result<std::string> text = read_text_file(folder / name, kMaxConfigBytes);
   if (text.status().code() == StatusCode::kNotFound) return Json();
   if (!text.ok()) return text.status();
-  Json json = INFLLM_TRY(
-      parse_json(*text, {.what = name, .max_bytes = kMaxConfigBytes, .max_depth = 32}));
+  Json json =
+      INFLLM_TRY(parse_json(*text, {.what = name, .max_bytes = kMaxConfigBytes, .max_depth = 32}));
   if (!json.is_object()) return data_error(fmt::format("{}: not a JSON object", name));
   return json;
 }
@@ -54,8 +54,8 @@ Status read_added_tokens(const Json& json, TokenizerConfig& config) {
     const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), token.id);
     if (error != std::errc() || end != key.data() + key.size() || token.id < 0 ||
         token.id >= kMaxVocabulary) {
-      return data_error(fmt::format("{}: \"{:.32}\" is no id from 0 to {}", kWhere, key,
-                                    kMaxVocabulary - 1));
+      return data_error(
+          fmt::format("{}: \"{:.32}\" is no id from 0 to {}", kWhere, key, kMaxVocabulary - 1));
     }
     config.added_tokens.push_back(std::move(token));
   }

@@ -15,15 +15,22 @@ namespace infllm::engine {
 namespace {
 
 using Json = nlohmann::json;
+constexpr std::size_t kMaxHoles = 4096;
 using Vocabulary = std::unordered_map<std::string_view, std::int32_t>;
 
-Status place_piece(const std::string& text, std::int32_t id, PieceType type,
-                   std::string_view where, TokenizerSpec& spec) {
+Status place_piece(const std::string& text, std::int32_t id, PieceType type, std::string_view where,
+                   TokenizerSpec& spec) {
   if (text.size() > kMaxPieceBytes) {
     return data_error(fmt::format("{}: token {} has {} bytes, expected at most {}", where, id,
                                   text.size(), kMaxPieceBytes));
   }
   const auto slot = static_cast<std::size_t>(id);
+  // Real vocabularies have few holes; without a limit, one large id in a tiny file would cost the
+  // memory and time of a million pieces.
+  if (slot > 4 * spec.pieces.size() + kMaxHoles) {
+    return data_error(
+        fmt::format("{}: id {} is far beyond the other {} pieces", where, id, spec.pieces.size()));
+  }
   if (slot >= spec.pieces.size()) {
     spec.pieces.resize(slot + 1);
     spec.types.resize(slot + 1, PieceType::kUserDefined);
@@ -42,6 +49,12 @@ Status read_vocabulary(const Json& model, TokenizerSpec& spec) {
   if (!vocab.is_object() || vocab.empty()) {
     return data_error("tokenizer.json: model.vocab is missing, empty or no object");
   }
+  if (vocab.size() > static_cast<std::size_t>(kMaxVocabulary)) {
+    return data_error(fmt::format("tokenizer.json: {} pieces, expected at most {}", vocab.size(),
+                                  kMaxVocabulary));
+  }
+  spec.pieces.resize(vocab.size());  // ids count from 0, mostly without holes
+  spec.types.resize(vocab.size(), PieceType::kUserDefined);
   for (const auto& [text, value] : vocab.items()) {
     const std::int32_t id =
         INFLLM_TRY(id_value(value, "tokenizer.json: model.vocab", kMaxVocabulary));
@@ -145,13 +158,13 @@ Status read_added_tokens(const Json& list, TokenizerSpec& spec) {
   std::vector<AddedToken> tokens;
   for (const Json& entry : list) {
     AddedToken token = INFLLM_TRY(read_added_token(entry, "tokenizer.json: added_tokens"));
-    token.id = INFLLM_TRY(
-        id_value(member(entry, "id"), "tokenizer.json: added_tokens", kMaxVocabulary));
+    token.id =
+        INFLLM_TRY(id_value(member(entry, "id"), "tokenizer.json: added_tokens", kMaxVocabulary));
     const auto found = ids.find(token.text);
     if (found != ids.end() && found->second != token.id) {
       return data_error(fmt::format(
-          "tokenizer.json: added token \"{:.64}\" has id {}, but the vocabulary says {}", token.text,
-          token.id, found->second));
+          "tokenizer.json: added token \"{:.64}\" has id {}, but the vocabulary says {}",
+          token.text, token.id, found->second));
     }
     tokens.push_back(std::move(token));
   }
@@ -177,8 +190,8 @@ Status read_template(const Json& processor, TokenizerSpec& spec) {
     }
     for (const Json& id : ids) {
       (before ? spec.prefix_ids : spec.suffix_ids)
-          .push_back(INFLLM_TRY(
-              id_value(id, where, static_cast<std::int32_t>(spec.pieces.size()))));
+          .push_back(
+              INFLLM_TRY(id_value(id, where, static_cast<std::int32_t>(spec.pieces.size()))));
     }
   }
   return {};
@@ -230,8 +243,8 @@ Status add_tokens(const std::vector<AddedToken>& tokens, std::string_view where,
 }
 
 Result<TokenizerSpec> read_tokenizer_json(std::string_view text) {
-  const Json file = INFLLM_TRY(
-      parse_json(text, {.what = "tokenizer.json", .max_bytes = kMaxTokenizerBytes, .max_depth = 32}));
+  const Json file = INFLLM_TRY(parse_json(
+      text, {.what = "tokenizer.json", .max_bytes = kMaxTokenizerBytes, .max_depth = 32}));
   if (!file.is_object()) return data_error("tokenizer.json: not a JSON object");
   TokenizerSpec spec;
   INFLLM_TRY(read_model(member(file, "model"), spec));

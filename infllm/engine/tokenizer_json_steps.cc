@@ -44,7 +44,8 @@ Status refuse(const char* where, const Json& step, const char* expected) {
 Status read_prepend_scheme(const Json& step, const char* where, PrependScheme& scheme) {
   const std::string marker = INFLLM_TRY(string_member(step, "replacement", where, kSpaceMarker));
   if (marker != kSpaceMarker) {
-    return unsupported(fmt::format("{}: Metaspace with \"{:.16}\", expected U+2581", where, marker));
+    return unsupported(
+        fmt::format("{}: Metaspace with \"{:.16}\", expected U+2581", where, marker));
   }
   const bool prefix = INFLLM_TRY(bool_member(step, "add_prefix_space", where, true));
   const std::string name =
@@ -132,8 +133,8 @@ Status read_json_decoder(const Json& step, DecoderSpec& spec) {
       "ByteLevel, or Replace or Metaspace, then ByteFallback, Fuse and Strip in this order";
   const std::vector<const Json*> steps = INFLLM_TRY(flatten(step, "decoders", kWhere));
   if (steps.empty()) {
-    return unsupported(fmt::format("{}: none, which would put spaces between all tokens; expected {}",
-                                   kWhere, kExpected));
+    return unsupported(fmt::format(
+        "{}: none, which would put spaces between all tokens; expected {}", kWhere, kExpected));
   }
   if (steps.size() == 1 && type_of(*steps[0]) == "ByteLevel") {
     spec.byte_level = true;
@@ -144,7 +145,8 @@ Status read_json_decoder(const Json& step, DecoderSpec& spec) {
     const std::string type = type_of(*part);
     int place = 0;
     if (type == "Replace") {
-      const std::string from = INFLLM_TRY(string_member(member(*part, "pattern"), "String", kWhere));
+      const std::string from =
+          INFLLM_TRY(string_member(member(*part, "pattern"), "String", kWhere));
       const std::string to = INFLLM_TRY(string_member(*part, "content", kWhere));
       if (from != kSpaceMarker || to != " ") {
         return refuse(kWhere, *part, "Replace of U+2581 by a space");

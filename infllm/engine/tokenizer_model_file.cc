@@ -14,7 +14,8 @@
 namespace infllm::engine {
 namespace {
 
-// Cutting a piece everywhere costs the square of its length; SentencePiece's own default limit is 16.
+// Cutting a piece everywhere costs the square of its length; SentencePiece's own default limit
+// is 16.
 constexpr std::size_t kMaxModelPieceBytes = 256;
 
 // One field: its number and, by wire type, an integer or bytes.
@@ -121,22 +122,34 @@ Status read_piece(std::string_view bytes, Model& model) {
     }
     if (field.number == 3 && field.wire == kVarint) {
       switch (field.integer) {
-        case 1: type = PieceType::kNormal; break;
-        case 2: type = PieceType::kUnknown; break;
-        case 3: type = PieceType::kControl; break;
-        case 4: type = PieceType::kUserDefined; break;
-        case 5: type = PieceType::kUnused; break;
-        case 6: type = PieceType::kByte; break;
+        case 1:
+          type = PieceType::kNormal;
+          break;
+        case 2:
+          type = PieceType::kUnknown;
+          break;
+        case 3:
+          type = PieceType::kControl;
+          break;
+        case 4:
+          type = PieceType::kUserDefined;
+          break;
+        case 5:
+          type = PieceType::kUnused;
+          break;
+        case 6:
+          type = PieceType::kByte;
+          break;
         default:
-          return data_error(fmt::format("tokenizer.model: piece {} has type {}, expected 1 to 6", id,
-                                        field.integer));
+          return data_error(fmt::format("tokenizer.model: piece {} has type {}, expected 1 to 6",
+                                        id, field.integer));
       }
     }
   }
   if (text.empty() || text.size() > kMaxModelPieceBytes || !utf8_valid(text)) {
-    return data_error(fmt::format(
-        "tokenizer.model: piece {} is {} bytes of {}, expected 1 to {} bytes of UTF-8", id,
-        text.size(), utf8_valid(text) ? "UTF-8" : "no UTF-8", kMaxModelPieceBytes));
+    return data_error(
+        fmt::format("tokenizer.model: piece {} is {} bytes of {}, expected 1 to {} bytes of UTF-8",
+                    id, text.size(), utf8_valid(text) ? "UTF-8" : "no UTF-8", kMaxModelPieceBytes));
   }
   if (!std::isfinite(score)) {
     return data_error(fmt::format("tokenizer.model: the score of piece {} is not finite", id));
@@ -222,8 +235,7 @@ Status check(const Model& model) {
         fmt::format("tokenizer.model: {} unknown pieces, expected exactly 1", unknown));
   }
   if (bytes != 0 && !model.byte_fallback) {
-    return data_error(
-        fmt::format("tokenizer.model: {} byte pieces without byte_fallback", bytes));
+    return data_error(fmt::format("tokenizer.model: {} byte pieces without byte_fallback", bytes));
   }
   for (int byte = 0; model.byte_fallback && byte < 256; ++byte) {
     const std::string name = fmt::format("<0x{:02X}>", byte);

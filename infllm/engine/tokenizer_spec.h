@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a tokenizer file says, as plain data. The readers (tokenizer_files.h) fill it, Tokenizer runs
-// it. Text flows through the fields in this order:
+// What a tokenizer file says, as plain data. The readers (tokenizer_files.h) fill it, Tokenizer
+// runs it. Text flows through the fields in this order:
 //
 //   text -> added tokens cut out -> normalizer -> added tokens (normalized ones) cut out
 //        -> pre_tokenizer -> words -> BPE merges -> ids
@@ -53,7 +53,8 @@ enum class PrependScheme { kNever, kFirst, kAlways };
 enum class SplitPattern { kNone, kGpt2, kLlama3, kQwen2 };
 
 struct PreTokenizerSpec {
-  bool metaspace = false;  // space -> marker, then a word begins at each marker (if metaspace_split)
+  bool metaspace =
+      false;  // space -> marker, then a word begins at each marker (if metaspace_split)
   PrependScheme prepend = PrependScheme::kNever;
   bool metaspace_split = true;
   SplitPattern pattern = SplitPattern::kNone;

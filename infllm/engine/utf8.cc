@@ -9,9 +9,9 @@ namespace {
 constexpr char32_t kReplacement = 0xFFFD;
 
 struct Lead {
-  int bytes;            // length that the first byte announces; 0 when it announces none
-  unsigned char low;    // range of the second byte: what keeps out overlong forms, surrogates and
-  unsigned char high;   // code points above U+10FFFF
+  int bytes;           // length that the first byte announces; 0 when it announces none
+  unsigned char low;   // range of the second byte: what keeps out overlong forms, surrogates and
+  unsigned char high;  // code points above U+10FFFF
 };
 
 Lead lead_of(unsigned char byte) {
@@ -122,8 +122,7 @@ std::size_t utf8_unfinished_tail(std::string_view text) {
 
 std::string utf8_take(std::string& pending, Utf8Repair repair, bool final) {
   const std::size_t keep = final ? 0 : utf8_unfinished_tail(pending);
-  std::string out =
-      utf8_repair(std::string_view(pending).substr(0, pending.size() - keep), repair);
+  std::string out = utf8_repair(std::string_view(pending).substr(0, pending.size() - keep), repair);
   pending.erase(0, pending.size() - keep);
   return out;
 }

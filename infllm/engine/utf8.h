@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // UTF-8: decode one character, repair bytes that are not UTF-8, and hold back the unfinished
-// character at the end of a stream. Well formed means RFC 3629: shortest form, no surrogates, at most
-// U+10FFFF.
+// character at the end of a stream. Well formed means RFC 3629: shortest form, no surrogates, at
+// most U+10FFFF.
 //
 //   for (std::size_t at = 0; at < text.size();) {
 //     const Utf8Char c = utf8_at(text, at);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The half of tools/make_text_golden.py that tests repeat: the same generator, the same strings and the
-// same hashes.
+// The half of tools/make_text_golden.py that tests repeat: the same generator, the same strings and
+// the same hashes.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ class SplitMix {
 };
 
 std::string from_hex(std::string_view hex);
-std::vector<std::string> read_atoms(const std::filesystem::path& path);         // one hex line each
-std::vector<std::uint32_t> read_hashes(const std::filesystem::path& path);      // 6 digits each
+std::vector<std::string> read_atoms(const std::filesystem::path& path);     // one hex line each
+std::vector<std::uint32_t> read_hashes(const std::filesystem::path& path);  // 6 digits each
 
 // Some atoms in a row; every eighth string repeats one of them instead, many times.
 std::string string_of(std::uint64_t index, const std::vector<std::string>& atoms);
