@@ -18,12 +18,12 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 build:  ## the program, optimised: build/release/infllm
-	tools/install_deps.sh build
+	tools/install_deps.sh build $(ALSO)
 	test -f $(RELEASE)/CMakeCache.txt || cmake --preset release -DINFLLM_DEVELOPER=OFF $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS) --target infllm
 
+demo: ALSO = demo
 demo: build  ## ask for a fact in a 32K document, dense and sparse
-	tools/install_deps.sh demo
 	python3 tools/demo.py --binary $(RELEASE)/infllm
 
 test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, include arrows

@@ -79,7 +79,8 @@ if [[ ${#missing_apt[@]} -gt 0 ]]; then
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -qq ||
       fail "apt-get update failed; is this machine online?"
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q \
-      --no-install-recommends "${missing_apt[@]}" </dev/null ||
+      --no-install-recommends "${missing_apt[@]}" </dev/null |
+      { grep --line-buffered '^Setting up' || true; } ||
       fail "apt-get could not install: ${missing_apt[*]}"
     for entry in "${wanted[@]}"; do
       read -r package version registry <<<"$entry"
