@@ -113,12 +113,15 @@ T take(Result<T>&& result) {
 }  // namespace infllm
 
 // Evaluates a Status or Result<T>; returns its Status from the enclosing function when it failed,
-// otherwise yields the value (nothing for a Status).
-#define INFLLM_TRY(...)                                                                   \
-  __extension__({                                                                         \
-    auto infllm_try_result = (__VA_ARGS__);                                               \
-    if (!infllm_try_result.ok()) return ::infllm::internal::status_of(infllm_try_result); \
-    ::infllm::internal::take(std::move(infllm_try_result));                               \
+// otherwise yields the value (nothing for a Status). May stand inside another one's argument.
+#define INFLLM_TRY(...) INFLLM_TRY_NUMBER(__COUNTER__, __VA_ARGS__)
+#define INFLLM_TRY_NUMBER(number, ...) INFLLM_TRY_NAMED(number, __VA_ARGS__)  // expands it
+#define INFLLM_TRY_NAMED(number, ...) INFLLM_TRY_AS(infllm_try_##number, __VA_ARGS__)
+#define INFLLM_TRY_AS(result, ...)                                  \
+  __extension__({                                                   \
+    auto result = (__VA_ARGS__);                                    \
+    if (!result.ok()) return ::infllm::internal::status_of(result); \
+    ::infllm::internal::take(std::move(result));                    \
   })
 
 // Our own invariants, in debug and release.
