@@ -148,7 +148,6 @@ void linear_task(const LinearParams& params, const LinearPlan& plan,
   const std::int64_t x_row = plan.blocks * kRowActivations<Weights>;  // of one token
   const std::byte* panel_0 = weight.storage.data() + first_panel * layout.panel_bytes;
   const auto* x = scratch.x + first_token * x_row;
-  auto* widened = scratch.widened + worker * kWidenedLanes;
   float* totals = scratch.totals + worker * plan.task_panels * plan.task_tokens * kPanelOutputs;
 
   for (std::int64_t first = 0, last; first < layout.inputs; first = last) {
@@ -169,6 +168,7 @@ void linear_task(const LinearParams& params, const LinearPlan& plan,
                                      slice, steps, scale, first == 0, total);
           continue;
         }
+        std::uint32_t* widened = scratch.widened + worker * kWidenedLanes;
         widen_slice(slice, last - first, widened);
         slice = reinterpret_cast<const std::byte*>(widened);
       }
