@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+
+#include <cmath>
+
+#include "infllm/ops/transformer.h"
+#include "tests/support/grid.h"
+#include "tests/support/plumbing.h"
+#include "tests/support/refusal.h"
+
+namespace infllm::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+class LinearTest : public PlumbingTest {};
+
+struct Product {
+  WeightFormat format;
+  std::int32_t group_size;
+  std::int64_t tokens;
+  std::int64_t inputs;
+  std::vector<std::int64_t> outputs;  // of each stacked matrix
+  float alpha;
+  bool accumulate;
+  DType stored;  // of the matrices given
+};
+
+std::vector<double> multiply(const Bench& bench, const Product& p) {
+  Random random(static_cast<std::uint64_t>(p.tokens * 1000 + p.inputs));
+  std::vector<std::vector<float>> values;
+  std::vector<std::vector<std::uint16_t>> halves;
+  std::vector<TensorView> parts;
+  std::int64_t outputs = 0;
+  for (const std::int64_t rows : p.outputs) {
+    const std::vector<double> w = random.normals(rows * p.inputs, p.stored);
+    values.emplace_back(w.begin(), w.end());
+    outputs += rows;
+  }
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const void* data = values[i].data();
+    if (p.stored == DType::kBF16) {
+      std::vector<std::uint16_t> bits;
+      for (const float w : values[i]) bits.push_back(BF16(w).bits);
+      halves.push_back(std::move(bits));
+      data = halves.back().data();
+    }
+    parts.push_back(TensorView::matrix(data, p.stored, p.outputs[i], p.inputs));
+  }
+  const LinearWeight weight = pack_linear(bench.backend, parts, p.format, p.group_size).value();
+  EXPECT_EQ(weight.outputs, outputs);
+  EXPECT_EQ(weight.inputs, p.inputs);
+  const Buffer x = bench.in(random.normals(p.tokens * p.inputs, DType::kF32));
+  const std::vector<double> before = random.normals(p.tokens * outputs, DType::kF32);
+  const Buffer y =
+      p.accumulate ? bench.in(before)
+                   : poisoned(bench.backend, p.tokens * outputs, bench.backend.kernels->activation);
+  const LinearParams params{.weight = &weight,
+                            .tokens = p.tokens,
+                            .x = x.data(),
+                            .y = y.data(),
+                            .alpha = p.alpha,
+                            .accumulate = p.accumulate};
+  const Buffer workspace =
+      allocate(bench.backend, linear_workspace_bytes(bench.backend, params)).value();
+  must(linear(bench.backend, params, {workspace.data(), workspace.bytes()}));
+  return bench.out(y, before.size());
+}
+
+std::vector<Product> products() {
+  std::vector<Product> list;
+  const std::vector<std::pair<WeightFormat, std::int32_t>> formats = {{WeightFormat::kF32, 0},
+                                                                      {WeightFormat::kBF16, 0},
+                                                                      {WeightFormat::kI8, 0},
+                                                                      {WeightFormat::kI8, 32},
+                                                                      {WeightFormat::kI8, 128}};
+  for (const auto& [format, group] : formats) {
+    for (const std::int64_t tokens : {1, 2, 5, 6, 7, 13, 33, 70}) {
+      list.push_back({format, group, tokens, 128, {96}, 1, false, DType::kF32});
+    }
+    // Sizes that are no multiple of anything; stacked matrices; a residual sum.
+    list.push_back({format, group, 1, 131, {65}, 1, false, DType::kBF16});
+    list.push_back({format, group, 9, 131, {1, 70, 33}, 1, false, DType::kF32});
+    list.push_back({format, group, 3, 300, {64, 64}, 0.3f, true, DType::kBF16});
+    list.push_back({format, group, 17, 577, {130}, -1.5f, true, DType::kF32});
+    list.push_back({format, 0, 4, 1, {3}, 1, false, DType::kF32});
+    list.push_back({format, 0, 1, 7, {1}, 2, true, DType::kF32});
+  }
+  return list;
+}
+
+TEST_P(LinearTest, StaysWithinTheBudget) {
+  if (open(GetParam(), 1).kernels->linear.run == nullptr) GTEST_SKIP() << "no linear";
+  for (const Product& p : products()) {
+    // int8 codes are exact in bf16: an honest kernel multiplies them with bf16 activations.
+    const DType operand = p.format == WeightFormat::kBF16 || p.format == WeightFormat::kI8
+                              ? DType::kBF16
+                              : DType::kF32;
+    std::int64_t outputs = 0;
+    for (const std::int64_t rows : p.outputs) outputs += rows;
+    const auto run = [&](const Bench& bench) { return multiply(bench, p); };
+    expect_within_budget(
+        fmt::format("linear format {} group {} tokens {} inputs {} alpha {} accumulate {}",
+                    static_cast<int>(p.format), p.group_size, p.tokens, p.inputs, p.alpha,
+                    p.accumulate),
+        operand, {p.tokens, outputs}, run);
+  }
+}
+
+// A token's numbers are the same alone, in any batch, and with any number of threads.
+TEST_P(LinearTest, IsBitwiseTheSameInCompany) {
+  if (open(GetParam(), 1).kernels->linear.run == nullptr) GTEST_SKIP() << "no linear";
+  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBF16, WeightFormat::kI8}) {
+    Random random(9);
+    const std::int64_t inputs = 200, outputs = 150, tokens = 40;
+    const std::vector<double> w = random.normals(inputs * outputs, DType::kF32);
+    const std::vector<float> narrow(w.begin(), w.end());
+    const TensorView part = TensorView::matrix(narrow.data(), DType::kF32, outputs, inputs);
+    const std::vector<double> x = random.normals(tokens * inputs, DType::kF32);
+    const auto run = [&](int threads, std::int64_t first, std::int64_t count) {
+      const Bench bench(open(GetParam(), threads));
+      const LinearWeight weight = pack_linear(bench.backend, {&part, 1}, format).value();
+      const std::vector<double> rows(x.begin() + first * inputs,
+                                     x.begin() + (first + count) * inputs);
+      const Buffer in = bench.in(rows);
+      const Buffer out =
+          poisoned(bench.backend, count * outputs, bench.backend.kernels->activation);
+      const LinearParams params{
+          .weight = &weight, .tokens = count, .x = in.data(), .y = out.data()};
+      const Buffer workspace =
+          allocate(bench.backend, linear_workspace_bytes(bench.backend, params)).value();
+      must(linear(bench.backend, params, {workspace.data(), workspace.bytes()}));
+      return bench.out(out, static_cast<std::size_t>(count * outputs));
+    };
+    const std::vector<double> all = run(2, 0, tokens);
+    EXPECT_EQ(run(1, 0, tokens), all) << GetParam();
+    EXPECT_EQ(run(3, 0, tokens), all) << GetParam();
+    for (const auto& [first, count] : {std::pair{0, 1}, {7, 1}, {11, 5}, {20, 20}}) {
+      const std::vector<double> want(all.begin() + first * outputs,
+                                     all.begin() + (first + count) * outputs);
+      EXPECT_EQ(run(1, first, count), want) << GetParam() << " token " << first;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Backends, LinearTest, ::testing::ValuesIn(kernel_backends()), backend_id);
+
+// Integers multiply exactly: the reference keeps f64 as it is, and columns without it say so.
+TEST(LinearF64, IsTheReferencesOwn) {
+  const std::vector<double> w = {1, 2, 3, 4, 5, 0.5 + 0x1p-40};
+  const TensorView matrix = TensorView::matrix(w.data(), DType::kF64, 2, 3);
+  const Bench bench(open("reference"));
+  const LinearWeight weight = pack_linear(bench.backend, {&matrix, 1}, WeightFormat::kF64).value();
+  const Buffer x = bench.in({1, 10, 1});
+  const Buffer y = bench.in({0.5, -54});
+  const LinearParams params{
+      .weight = &weight, .tokens = 1, .x = x.data(), .y = y.data(), .alpha = 2, .accumulate = true};
+  std::vector<std::byte> workspace(linear_workspace_bytes(bench.backend, params));
+  must(linear(bench.backend, params, workspace));
+  EXPECT_THAT(bench.out(y, 2), ::testing::ElementsAre(48.5, 55 + 0x1p-39));
+  for (const std::string& name : kernel_backends()) {
+    EXPECT_THAT(message_of(pack_linear(open(name), {&matrix, 1}, WeightFormat::kF64)),
+                HasSubstr("f64"));
+  }
+}
+
+TEST(QuantizeInt8, IsRoundToNearestOfTheGroupsLargest) {
+  const std::vector<float> w = {127, -64.5f, 0.4f, 0, 1, -2, 0, 0, 0};
+  std::vector<std::int8_t> codes(w.size());
+  std::vector<float> scales(2 * 3);
+  must(quantize_int8(TensorView::matrix(w.data(), DType::kF32, 3, 3), 2, codes.data(),
+                     scales.data()));
+  EXPECT_THAT(scales, ::testing::ElementsAre(1.0f, 0.4f / 127, 1.0f / 127, 2.0f / 127, 0, 0));
+  EXPECT_THAT(codes, ::testing::ElementsAre(127, -64, 127, 0, 127, -127, 0, 0, 0));
+}
+
+TEST(QuantizeInt8, ErrsByHalfAStepAtMost) {
+  Random random(2);
+  const std::vector<double> w = random.normals(40 * 100, DType::kF32);
+  const std::vector<float> narrow(w.begin(), w.end());
+  std::vector<std::int8_t> codes(w.size());
+  std::vector<float> scales(40 * 4);
+  must(quantize_int8(TensorView::matrix(narrow.data(), DType::kF32, 40, 100), 32, codes.data(),
+                     scales.data()));
+  for (std::size_t i = 0; i < w.size(); ++i) {
+    const double scale = scales[i / 100 * 4 + i % 100 / 32];
+    // Half a step, and the rounding of the scale and of the quotient to float.
+    ASSERT_LE(std::fabs(codes[i] * scale - w[i]), scale * (0.5 + 127 * 0x1p-23)) << i;
+  }
+}
+
+}  // namespace
+}  // namespace infllm::testing
