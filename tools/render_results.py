@@ -66,17 +66,20 @@ def table(head, rows):
 
 
 def shape_label(shape):
-    """'minicpm4-0.5b, bf16, sparse, threads 2', '16/2 heads, d 64': all but the lengths."""
-    parts = [str(shape[field]) for field in ("model", "weights", "attention") if field in shape]
+    """'minicpm4-0.5b, bf16, sparse, 2 threads', '16/2 heads, d 64': all but the lengths."""
+    bare = ("model", "matrix", "weights", "dtype", "attention")
+    parts = [str(shape[field]) for field in bare if field in shape]
     if "model" not in shape and "heads_q" in shape and "heads_kv" in shape:
         parts.append(f'{shape["heads_q"]}/{shape["heads_kv"]} heads')
     if "model" not in shape and "head_dim" in shape:
         parts.append(f'd {shape["head_dim"]}')
     if shape.get("batch", 1) != 1:
         parts.append(f'batch {shape["batch"]}')
-    named = {"model", "weights", "attention", "heads_q", "heads_kv", "head_dim", "batch", "tokens",
-             "depth", "blocks"}
+    named = {*bare, "heads_q", "heads_kv", "head_dim", "batch", "tokens", "depth", "blocks",
+             "threads"}
     parts += [f"{field} {shape[field]}" for field in sorted(shape) if field not in named]
+    if "threads" in shape:
+        parts.append(f'{shape["threads"]} threads')
     return ", ".join(parts)
 
 
@@ -88,7 +91,7 @@ def sort_key(record):
 
 
 def times(record):
-    if "ms_low" in record and "ms_high" in record:
+    if record.get("ms_low", record["ms"]) < record.get("ms_high", record["ms"]):
         return f'{number(record["ms"])} ({number(record["ms_low"])}-{number(record["ms_high"])})'
     return number(record["ms"])
 
@@ -215,11 +218,14 @@ def performance(measurements, evaluations):
     return "\n".join(out)
 
 
+HEADLINES = ["attention.forward", "model.prefill", "model.decode"]
+
+
 def longest(measurements):
     """Of each name, backend, shape and peer the record with most tokens, if it has a peer."""
     best = {}
     for r in sorted(measurements, key=sort_key):
-        if "peer" in r and r["name"].split(".")[0] in ("attention", "model"):
+        if "peer" in r and r["name"] in HEADLINES:
             best[r["device"], r["name"], shape_label(r["shape"]), r["peer"]] = r
     return best.values()
 

@@ -140,7 +140,7 @@ class RenderTest(unittest.TestCase):
         self.write(measurement(column="cpu:avx512", backend="cpu", dtype="bf16", threads=2,
                                model="needle-32k"))
         self.render()
-        self.assertIn("| cpu:avx512 | needle-32k, bf16, threads 2 | 32K |",
+        self.assertIn("| cpu:avx512 | needle-32k, bf16, 2 threads | 32K |",
                       self.text("docs/performance.md"))
 
     def test_where_the_time_goes_is_a_table_of_its_own(self):
