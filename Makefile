@@ -6,6 +6,7 @@ SHELL := /bin/bash -o pipefail
 JOBS ?= $(shell nproc)
 CMAKE_FLAGS ?=
 FUZZ_SECONDS ?= 60
+CTEST_FLAGS ?=
 RELEASE := build/release
 # What ninja prints in front of each line: done/all, percent, seconds.
 export NINJA_STATUS = [%f/%t %p %es] 
@@ -30,7 +31,7 @@ test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, include
 	tools/install_deps.sh build test
 	cmake --preset release -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS)
-	ctest --preset release --parallel $(JOBS)
+	ctest --preset release --parallel $(JOBS) $(CTEST_FLAGS)
 
 bench:  ## run the benchmarks, add their lines to bench/results, render the tables
 	tools/install_deps.sh build test
@@ -49,13 +50,13 @@ asan:  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/install_deps.sh build test
 	cmake --preset debug $(CMAKE_FLAGS)
 	cmake --build --preset debug --parallel $(JOBS)
-	ctest --preset debug --parallel $(JOBS)
+	ctest --preset debug --parallel $(JOBS) $(CTEST_FLAGS)
 
 tsan:  ## the tests with threads under ThreadSanitizer
 	tools/install_deps.sh build test
 	cmake --preset tsan $(CMAKE_FLAGS)
 	cmake --build --preset tsan --parallel $(JOBS)
-	ctest --preset tsan --parallel $(JOBS)
+	ctest --preset tsan --parallel $(JOBS) $(CTEST_FLAGS)
 
 lint: format-check tidy  ## layout, clang-tidy, include arrows
 	tools/check_includes.py
