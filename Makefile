@@ -7,6 +7,7 @@ JOBS ?= $(shell nproc)
 CMAKE_FLAGS ?=
 FUZZ_SECONDS ?= 60
 CTEST_FLAGS ?=
+TARGETS ?= all
 RELEASE := build/release
 # What ninja prints in front of each line: done/all, percent, seconds.
 export NINJA_STATUS = [%f/%t %p %es] 
@@ -49,13 +50,13 @@ fuzz:  ## every fuzz target for FUZZ_SECONDS (60), from the seeds in fuzz/corpus
 asan:  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/install_deps.sh build test
 	cmake --preset debug $(CMAKE_FLAGS)
-	cmake --build --preset debug --parallel $(JOBS)
+	cmake --build --preset debug --parallel $(JOBS) --target $(TARGETS)
 	ctest --preset debug --parallel $(JOBS) $(CTEST_FLAGS)
 
 tsan:  ## the tests with threads under ThreadSanitizer
 	tools/install_deps.sh build test
 	cmake --preset tsan $(CMAKE_FLAGS)
-	cmake --build --preset tsan --parallel $(JOBS)
+	cmake --build --preset tsan --parallel $(JOBS) --target $(TARGETS)
 	ctest --preset tsan --parallel $(JOBS) $(CTEST_FLAGS)
 
 lint: format-check tidy  ## layout, clang-tidy, include arrows
