@@ -218,7 +218,11 @@ def performance(measurements, evaluations):
     return "\n".join(out)
 
 
-HEADLINES = ["attention.forward", "model.prefill", "model.decode"]
+HEADLINES = {
+    "attention.forward": "one attention layer",
+    "model.prefill": "a model reading",
+    "model.decode": "a model writing",
+}
 
 
 def longest(measurements):
@@ -231,7 +235,7 @@ def longest(measurements):
 
 
 def readme_numbers(measurements, evaluations):
-    rows = [[f'`{r["name"]}`', shape_label(r["shape"]), length_label(r["shape"]),
+    rows = [[HEADLINES[r["name"]], shape_label(r["shape"]), length_label(r["shape"]),
              duration(r["ms"]), f'{duration(r["peer_ms"])} ({r["peer"]})',
              f'{number(r["ratio"])}x'] for r in longest(measurements)]
     out = [table(["what", "shape", "tokens", "infllm.cpp", "beside", "ratio"], rows)] if rows else []
