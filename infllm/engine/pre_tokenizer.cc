@@ -139,7 +139,7 @@ const ByteAlphabet& byte_alphabet() {
   return alphabet;
 }
 
-std::vector<std::string> cut_at_markers(std::string text) {
+std::vector<std::string> cut_at_markers(const std::string& text) {
   std::vector<std::string> words;
   std::size_t begin = 0;
   while (begin < text.size()) {
@@ -165,7 +165,7 @@ std::vector<std::string> metaspace(const PreTokenizerSpec& spec, std::string_vie
   const bool prepend =
       spec.prepend == PrependScheme::kAlways || (spec.prepend == PrependScheme::kFirst && at_start);
   if (prepend && !text.starts_with(kSpaceMarker)) text.insert(0, kSpaceMarker);
-  if (spec.metaspace_split) return cut_at_markers(std::move(text));
+  if (spec.metaspace_split) return cut_at_markers(text);
   return {std::move(text)};
 }
 
