@@ -41,7 +41,8 @@ inline LinearPlan plan_linear(const LinearParams& params) {
   LinearPlan plan;
   plan.layout = panel_layout(*params.weight);
   plan.blocks = (plan.layout.inputs + kBlockInputs - 1) / kBlockInputs;
-  plan.task_tokens = std::min(kTaskTokens, params.tokens);
+  // At least 1: a step may have no tokens, and its workspace is asked for all the same.
+  plan.task_tokens = std::clamp<std::int64_t>(params.tokens, 1, kTaskTokens);
   plan.task_panels = params.tokens <= 2 * kTileTokens ? 1 : kTaskPanels;
   plan.token_tasks = (params.tokens + plan.task_tokens - 1) / plan.task_tokens;
   plan.panel_tasks = (plan.layout.panels + plan.task_panels - 1) / plan.task_panels;
