@@ -19,8 +19,7 @@
 #include "infllm/ops/attend.h"
 #include "infllm/ops/compress.h"
 #include "infllm/ops/kernels.h"
-#include "infllm/ops/score.h"
-#include "infllm/ops/select.h"
+#include "infllm/ops/score_select.h"
 
 namespace infllm {
 namespace {
@@ -28,21 +27,20 @@ namespace {
 // The four steps' parameters; what one step writes the next one reads.
 struct Steps {
   CompressParams compress;
-  ScoreParams score;
-  SelectParams select;
+  ScoreSelectParams choose;
   AttendParams attend;
 };
 
 Steps plan(const AttentionParams& p) {
   Steps s;
   s.compress = {.pages = p.pages, .batch = p.batch};
-  s.score = {.pages = p.pages,
-             .batch = p.batch,
-             .config = p.config,
-             .heads_q = p.heads_q,
-             .scale = p.scale,
-             .q = p.config.use_nope ? p.q_score : p.q};
-  s.select = {.batch = p.batch, .config = p.config, .heads_kv = p.pages.layout.kv_heads};
+  s.choose.score = {.pages = p.pages,
+                    .batch = p.batch,
+                    .config = p.config,
+                    .heads_q = p.heads_q,
+                    .scale = p.scale,
+                    .q = p.config.use_nope ? p.q_score : p.q};
+  s.choose.select = {.batch = p.batch, .config = p.config, .heads_kv = p.pages.layout.kv_heads};
   s.attend = {.pages = p.pages,
               .batch = p.batch,
               .heads_q = p.heads_q,
@@ -53,61 +51,80 @@ Steps plan(const AttentionParams& p) {
   return s;
 }
 
-std::int64_t score_bytes(const Backend& backend, const Steps& s) {
-  return s.select.heads_kv * s.select.batch.num_tokens * s.select.blocks() *
+std::int64_t score_bytes(const Backend& backend, const SelectParams& p) {
+  return std::int64_t{p.heads_kv} * p.batch.num_tokens * p.blocks() *
          size_of(backend.kernels->accumulate);
 }
 
-std::int64_t selection_size(const Steps& s) {
-  return std::int64_t{s.select.heads_kv} * s.select.batch.num_tokens * s.select.columns();
+std::int64_t selection_size(const SelectParams& p) {
+  return std::int64_t{p.heads_kv} * p.batch.num_tokens * p.columns();
 }
 
-// Runs one step and adds the time it took to `seconds`, if anybody asked.
-template <typename Step>
-Status timed(double* seconds, Step&& step) {
-  if (seconds == nullptr) return step();
+// Runs one step and adds the time it took to `times`' field, if anybody asked.
+template <typename Run>
+Status timed(const Backend& backend, StepTimes* times, double StepTimes::*field, Run&& run) {
+  if (times == nullptr) return run();
+  INFLLM_TRY(synchronize(backend));
   const auto start = std::chrono::steady_clock::now();
-  Status status = step();
-  *seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return status;
+  INFLLM_TRY(run());
+  INFLLM_TRY(synchronize(backend));
+  times->*field += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return {};
+}
+
+// Score, then select, on a column that has them apart: the scores travel through the workspace.
+Status choose_in_two(const Backend& backend, ScoreSelectParams& choose, StepTimes* times,
+                     Arena arena) {
+  choose.score.scores = arena.take<std::byte>(score_bytes(backend, choose.select));
+  choose.select.scores = choose.score.scores;
+  INFLLM_TRY(timed(backend, times, &StepTimes::score,
+                   [&] { return score(backend, choose.score, arena.rest()); }));
+  return timed(backend, times, &StepTimes::select, [&] { return select(backend, choose.select); });
 }
 
 }  // namespace
 
 Status attention(const Backend& backend, const AttentionParams& p, std::span<std::byte> workspace) {
   Steps s = plan(p);
-  StepTimes* times = p.times;
-  if (p.pages.layout.pooled_keys) {
-    INFLLM_TRY(
-        timed(times ? &times->compress : nullptr, [&] { return compress(backend, s.compress); }));
-  }
-  if (!p.batch.any_sparse) {
-    return timed(times ? &times->attend : nullptr,
-                 [&] { return attend(backend, s.attend, workspace); });
-  }
   Arena arena(workspace);
-  s.score.scores = arena.take<std::byte>(score_bytes(backend, s));
-  s.select.scores = s.score.scores;
-  s.select.selection = arena.take<std::int32_t>(selection_size(s));
-  s.attend.selection = s.select.selection;
-  s.attend.columns = s.select.columns();
-
-  INFLLM_TRY(timed(times ? &times->score : nullptr,
-                   [&] { return score(backend, s.score, arena.rest()); }));
-  INFLLM_TRY(timed(times ? &times->select : nullptr, [&] { return select(backend, s.select); }));
-  return timed(times ? &times->attend : nullptr,
+  if (p.pages.layout.pooled_keys) {
+    INFLLM_TRY(timed(backend, p.times, &StepTimes::compress,
+                     [&] { return compress(backend, s.compress); }));
+  }
+  if (p.batch.any_sparse) {
+    s.choose.select.selection = arena.take<std::int32_t>(selection_size(s.choose.select));
+    s.attend.selection = s.choose.select.selection;
+    s.attend.columns = s.choose.select.columns();
+    if (has_score_select(backend, s.choose)) {
+      INFLLM_TRY(timed(backend, p.times, &StepTimes::score,
+                       [&] { return score_select(backend, s.choose, arena.rest()); }));
+    } else {
+      INFLLM_TRY(choose_in_two(backend, s.choose, p.times, arena));
+    }
+  }
+  return timed(backend, p.times, &StepTimes::attend,
                [&] { return attend(backend, s.attend, arena.rest()); });
 }
 
 std::size_t attention_workspace_bytes(const Backend& backend, const AttentionParams& p) {
-  const Steps s = plan(p);
+  Steps s = plan(p);
   ArenaSize size;
+  ArenaSize choosing;
   if (p.batch.any_sparse) {
-    size.take<std::byte>(score_bytes(backend, s));
-    size.take<std::int32_t>(selection_size(s));
+    size.take<std::int32_t>(selection_size(s.choose.select));
+    if (has_score_select(backend, s.choose)) {
+      choosing.add(score_select_workspace_bytes(backend, s.choose));
+    } else {
+      choosing.take<std::byte>(score_bytes(backend, s.choose.select));
+      choosing.add(score_workspace_bytes(backend, s.choose.score));
+    }
+    // A stand-in: what attend needs may depend on there being a selection, not on its contents.
+    static constexpr std::int32_t kSomeSelection = 0;
+    s.attend.selection = &kSomeSelection;
+    s.attend.columns = s.choose.select.columns();
   }
-  size.add(std::max(p.batch.any_sparse ? score_workspace_bytes(backend, s.score) : 0,
-                    attend_workspace_bytes(backend, s.attend)));
+  // Choosing and attending use the same memory behind the selection, one after the other.
+  size.add(std::max(choosing.bytes(), attend_workspace_bytes(backend, s.attend)));
   return size.bytes();
 }
 

@@ -13,7 +13,8 @@
 namespace infllm {
 
 // Where the time of attention() went, in seconds; added to, never reset. Measuring waits for each
-// step to finish, so a device backend pays for it.
+// step to finish, so a device backend pays for it. A column that scores and selects in one step has
+// the time of both under score.
 struct StepTimes {
   double compress = 0;
   double score = 0;

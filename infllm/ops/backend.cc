@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "infllm/ops/backend.h"
 
+#include <fmt/format.h>
+
 #include "infllm/ops/kernels.h"
 
 namespace infllm {
@@ -15,6 +17,27 @@ Status copy_in(const Backend& backend, void* device, const void* host, std::size
 
 Status copy_out(const Backend& backend, void* host, const void* device, std::size_t bytes) {
   return backend.kernels->copy_out(backend, host, device, bytes);
+}
+
+Status synchronize(const Backend& backend) {
+  return backend.kernels->synchronize == nullptr ? Status() : backend.kernels->synchronize(backend);
+}
+
+Result<Graph> record(const Backend& backend, const std::function<Status()>& body) {
+  if (backend.kernels->record == nullptr) {
+    return unsupported(fmt::format(
+        "record: the device \"{}\" runs steps at once and records none; call them directly",
+        backend.name));
+  }
+  return backend.kernels->record(backend, body);
+}
+
+Status replay(const Backend& backend, const Graph& graph) {
+  if (backend.kernels->replay == nullptr || graph.handle == nullptr) {
+    return invalid_argument(fmt::format(
+        "replay: a graph that was not recorded on the device \"{}\"; record() one", backend.name));
+  }
+  return backend.kernels->replay(backend, graph);
 }
 
 }  // namespace infllm

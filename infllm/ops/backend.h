@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -44,7 +45,24 @@ class Buffer {
 
 // Uninitialised memory, aligned to 64 bytes; kResourceExhausted says how much was asked for.
 Result<Buffer> allocate(const Backend& backend, std::size_t bytes);
+// Both are in order with the steps. The host memory may be used again when they return; after
+// copy_out() everything that ran before it is done.
 Status copy_in(const Backend& backend, void* device, const void* host, std::size_t bytes);
 Status copy_out(const Backend& backend, void* host, const void* device, std::size_t bytes);
+
+// Waits for every step that was started, and tells of their errors. Host backends never wait.
+Status synchronize(const Backend& backend);
+
+// A recorded run of steps, to be started again with one call. It keeps the pointers and the host
+// numbers (maxima, counts, scales) that it was recorded with, so memory must stay where it is and
+// the maxima must bound every later step; the arrays' contents are read anew each time.
+struct Graph {
+  std::shared_ptr<void> handle;
+};
+
+// Records the steps that `body` starts; none of them runs. Memory must be allocated and copied
+// outside. kUnsupported on host backends, which gain nothing from it.
+Result<Graph> record(const Backend& backend, const std::function<Status()>& body);
+Status replay(const Backend& backend, const Graph& graph);
 
 }  // namespace infllm

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <span>
 #include <string_view>
 
@@ -14,6 +15,7 @@
 #include "infllm/ops/compress.h"
 #include "infllm/ops/kv_cache.h"
 #include "infllm/ops/score.h"
+#include "infllm/ops/score_select.h"
 #include "infllm/ops/select.h"
 #include "infllm/ops/transformer.h"
 
@@ -24,6 +26,8 @@ struct Cell {
   Status (*run)(const Backend&, const Params&, std::span<std::byte> workspace) = nullptr;
   // Null: none. May be an upper bound.
   std::size_t (*workspace_bytes)(const Backend&, const Params&) = nullptr;
+  // Null: every shape that check_layout lets through. Of steps that others can stand in for.
+  bool (*covers)(const Backend&, const Params&) = nullptr;
 };
 
 struct Kernels {
@@ -36,6 +40,11 @@ struct Kernels {
   Status (*copy_in)(const Backend&, void* device, const void* host, std::size_t) = nullptr;
   Status (*copy_out)(const Backend&, void* host, const void* device, std::size_t) = nullptr;
 
+  // Of columns whose cells return before their work is done; null on hosts.
+  Status (*synchronize)(const Backend&) = nullptr;
+  Result<Graph> (*record)(const Backend&, const std::function<Status()>& body) = nullptr;
+  Status (*replay)(const Backend&, const Graph&) = nullptr;
+
   // Cache.
   Status (*check_layout)(const KvLayout&) = nullptr;  // what this column can hold; OK: all of it
   std::int64_t (*kv_page_bytes)(const KvLayout&) = nullptr;
@@ -46,6 +55,7 @@ struct Kernels {
   Cell<CompressParams> compress;
   Cell<ScoreParams> score;
   Cell<SelectParams> select;
+  Cell<ScoreSelectParams> score_select;  // null: score, then select
   Cell<AttendParams> attend;
   Cell<AttendBackwardParams> attend_backward;
 

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a Backend of a CUDA column carries: the device, its stream, its limits. Cells launch on the
+// stream and return; nothing of this is global.
+//
+//   Status swiglu(const Backend& backend, const SwigluParams& p, std::span<std::byte>) {
+//     const Device& device = device_of(backend);
+//     swiglu_kernel<<<grid, block, 0, device.stream>>>(...);
+//     return launched("swiglu");
+//   }
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <memory>
+#include <string_view>
+
+#include "infllm/ops/backend.h"
+
+namespace infllm::cuda {
+
+class Blas;  // linear.h: cuBLASLt, loaded on first use
+
+struct Device {
+  Device() = default;
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  ~Device();
+
+  int ordinal = 0;
+  int sm_count = 0;
+  int capability = 0;            // 90 for 9.0
+  std::size_t shared_bytes = 0;  // the most that a block may ask for
+  std::size_t l2_bytes = 0;
+  cudaStream_t stream = nullptr;
+  std::shared_ptr<Blas> blas;
+};
+
+// Opens the device: kUnsupported says what is missing (driver, device of that number, capability).
+Result<std::shared_ptr<Device>> open_device(int ordinal);
+
+// The state of a backend that this column opened. Makes its device the calling thread's current
+// one, so every cell begins with this call.
+const Device& device_of(const Backend& backend);
+
+// kResourceExhausted for memory, kUnsupported for what the device cannot do, kIoError otherwise:
+// "attend: CUDA says \"misaligned address\" (cudaErrorMisalignedAddress)".
+Status to_status(std::string_view step, cudaError_t error);
+
+// The error of the launch that was just made, if any.
+Status launched(std::string_view step);
+
+}  // namespace infllm::cuda
