@@ -19,6 +19,11 @@ Status copy_out(const Backend& backend, void* host, const void* device, std::siz
   return backend.kernels->copy_out(backend, host, device, bytes);
 }
 
+Result<DeviceMemory> device_memory(const Backend& backend) {
+  return backend.kernels->device_memory == nullptr ? DeviceMemory()
+                                                   : backend.kernels->device_memory(backend);
+}
+
 Status synchronize(const Backend& backend) {
   return backend.kernels->synchronize == nullptr ? Status() : backend.kernels->synchronize(backend);
 }

@@ -14,6 +14,7 @@
 #include "infllm/ops/backend.h"
 #include "infllm/ops/compress.h"
 #include "infllm/ops/kv_cache.h"
+#include "infllm/ops/sampling.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/score_select.h"
 #include "infllm/ops/select.h"
@@ -39,6 +40,8 @@ struct Kernels {
   Result<Buffer> (*allocate)(const Backend&, std::size_t bytes) = nullptr;
   Status (*copy_in)(const Backend&, void* device, const void* host, std::size_t) = nullptr;
   Status (*copy_out)(const Backend&, void* host, const void* device, std::size_t) = nullptr;
+
+  Result<DeviceMemory> (*device_memory)(const Backend&) = nullptr;  // null on hosts
 
   // Of columns whose cells return before their work is done; null on hosts.
   Status (*synchronize)(const Backend&) = nullptr;
@@ -66,9 +69,11 @@ struct Kernels {
   Result<EmbeddingTable> (*upload_table)(const Backend&, const TensorView&) = nullptr;
   Cell<EmbedParams> embed;
   Cell<RmsNormParams> rms_norm;
+  Cell<RopeTableParams> rope_tables;
   Cell<RopeParams> rope;
   Cell<SwigluParams> swiglu;
   Cell<GatherParams> gather;
+  Cell<TopLogitsParams> top_logits;  // null where the logits are in host memory anyhow
 };
 
 }  // namespace infllm

@@ -37,6 +37,12 @@ Status check_group_size(std::string_view step, std::int32_t group_size, std::int
                   group_size, inputs, inputs));
 }
 
+Status check_pairs(std::string_view step, std::int32_t head_dim) {
+  if (head_dim >= 2 && head_dim % 2 == 0) return {};
+  return invalid_argument(
+      fmt::format("{}: head_dim = {}, expected an even number: it rotates pairs", step, head_dim));
+}
+
 }  // namespace
 
 Result<LinearWeight> pack_linear(const Backend& backend, std::span<const TensorView> parts,
@@ -168,13 +174,39 @@ Status rms_norm(const Backend& backend, const RmsNormParams& params) {
   return run_cell("rms_norm", backend, backend.kernels->rms_norm, params, {});
 }
 
+Status rope_tables(const Backend& backend, const RopeTableParams& params) {
+  INFLLM_TRY(check_count("rope_tables", "tokens", params.tokens, 0));
+  INFLLM_TRY(check_pairs("rope_tables", params.head_dim));
+  if (!std::isfinite(params.factor)) {
+    return invalid_argument(
+        fmt::format("rope_tables: factor = {}, expected a finite number", params.factor));
+  }
+  if (params.tokens == 0) return {};
+  INFLLM_TRY(check_pointer("rope_tables", "positions", params.positions));
+  INFLLM_TRY(check_pointer("rope_tables", "scales", params.scales));
+  INFLLM_TRY(check_pointer("rope_tables", "frequencies", params.frequencies));
+  INFLLM_TRY(check_pointer("rope_tables", "cos", params.cos));
+  INFLLM_TRY(check_pointer("rope_tables", "sin", params.sin));
+  return run_cell("rope_tables", backend, backend.kernels->rope_tables, params, {});
+}
+
+void fill_rope_row(const RopeTableParams& p, std::int64_t t) {
+  const std::int64_t half = p.head_dim / 2;
+  const std::int32_t position = p.positions[t];
+  const std::int64_t length = p.lengths != nullptr ? p.lengths[t] : std::int64_t{position} + 1;
+  const bool is_long = p.switch_length > 0 && length > p.switch_length;
+  const float* scale = p.scales + (is_long ? half : 0);
+  for (std::int64_t i = 0; i < half; ++i) {
+    const float angle = static_cast<float>(position) * scale[i] * p.frequencies[i];
+    p.cos[t * half + i] = static_cast<float>(std::cos(static_cast<double>(angle))) * p.factor;
+    p.sin[t * half + i] = static_cast<float>(std::sin(static_cast<double>(angle))) * p.factor;
+  }
+}
+
 Status rope(const Backend& backend, const RopeParams& params) {
   INFLLM_TRY(check_count("rope", "tokens", params.tokens, 0));
   INFLLM_TRY(check_count("rope", "heads", params.heads, 1));
-  if (params.head_dim < 2 || params.head_dim % 2 != 0) {
-    return invalid_argument(fmt::format(
-        "rope: head_dim = {}, expected an even number: it rotates pairs", params.head_dim));
-  }
+  INFLLM_TRY(check_pairs("rope", params.head_dim));
   const std::int64_t columns = std::int64_t{params.heads} * params.head_dim;
   INFLLM_TRY(
       check_count("rope", "row_stride (heads * head_dim or more)", params.row_stride, columns));

@@ -86,9 +86,32 @@ struct RmsNormParams {
 };
 Status rms_norm(const Backend& backend, const RmsNormParams& params);
 
+// The step's tables of cos and sin, computed once and read by every layer:
+//
+//   angle = position * scale_i * frequency_i      float32 products in this order
+//   cos = factor cos(angle), sin = factor sin(angle)      computed in double, rounded to float32
+//
+// so every backend rotates alike. A token takes the second row of scales (LongRoPE's long factors)
+// when its sequence is longer than switch_length.
+struct RopeTableParams {
+  std::int64_t tokens = 0;
+  std::int32_t head_dim = 0;
+  const std::int32_t* positions = nullptr;  // [T]
+  const std::int32_t* lengths = nullptr;    // [T] tokens of the sequence; null: position + 1
+  const float* scales = nullptr;            // [2, D / 2]
+  const float* frequencies = nullptr;       // [D / 2]
+  std::int32_t switch_length = 0;           // 0: the first row of scales for everybody
+  float factor = 1;
+  float* cos = nullptr;  // [T, D / 2]
+  float* sin = nullptr;  // [T, D / 2]
+};
+Status rope_tables(const Backend& backend, const RopeTableParams& params);
+
+// Row t of the tables, of arrays in host memory: the arithmetic of every host column.
+void fill_rope_row(const RopeTableParams& params, std::int64_t t);
+
 // Rotary embedding in the half-split (neox) layout, in place: with (a, b) = (x[i], x[i + D/2]) and
-// the step's tables of cos and sin, (a cos - b sin, b cos + a sin). The tables are computed once a
-// step by the model (they carry LongRoPE's factors), so every layer and backend rotates alike.
+// the step's tables, (a cos - b sin, b cos + a sin).
 struct RopeParams {
   std::int64_t tokens = 0;
   std::int32_t heads = 0;

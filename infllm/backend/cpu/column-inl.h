@@ -37,6 +37,7 @@ const Kernels& kernels() {
       .upload_table = &cpu::upload_table,
       .embed = {&run_embed},
       .rms_norm = {&run_rms_norm},
+      .rope_tables = {&run_rope_tables},
       .rope = {&run_rope},
       .swiglu = {&run_swiglu},
       .gather = {&run_gather},

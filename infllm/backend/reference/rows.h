@@ -29,6 +29,7 @@ std::size_t linear_workspace_bytes(const Backend&, const LinearParams&);
 Result<EmbeddingTable> upload_table(const Backend&, const TensorView&);
 Status embed(const Backend&, const EmbedParams&, Workspace);
 Status rms_norm(const Backend&, const RmsNormParams&, Workspace);
+Status rope_tables(const Backend&, const RopeTableParams&, Workspace);
 Status rope(const Backend&, const RopeParams&, Workspace);
 Status swiglu(const Backend&, const SwigluParams&, Workspace);
 Status gather(const Backend&, const GatherParams&, Workspace);

@@ -27,6 +27,7 @@ const Kernels& kernels() {
       .upload_table = &upload_table,
       .embed = {&embed},
       .rms_norm = {&rms_norm},
+      .rope_tables = {&rope_tables},
       .rope = {&rope},
       .swiglu = {&swiglu},
       .gather = {&gather},

@@ -44,6 +44,11 @@ Status rms_norm(const Backend& backend, const RmsNormParams& p, Workspace) {
   return {};
 }
 
+Status rope_tables(const Backend& backend, const RopeTableParams& p, Workspace) {
+  backend.pool->parallel_for(p.tokens, [&](std::int64_t t, int) { fill_rope_row(p, t); });
+  return {};
+}
+
 Status rope(const Backend& backend, const RopeParams& p, Workspace) {
   const Rounding rounding = rounding_of(backend);
   const std::int64_t half = p.head_dim / 2;
