@@ -32,6 +32,7 @@ SHAPES = {
     "minicpm4-0.5b": (24, 1024, 16, 2, 64, 4096, 73448),
 }
 RIVALS = {"bf16": ("bf16", "f16"), "int8": ("q8_0",)}  # ours: the peer's
+FLASH = {"both": (True, False), "on": (True,), "off": (False,)}
 
 
 @dataclass
@@ -183,7 +184,7 @@ def fastest(results: list[Measured]) -> Measured:
 def measure_peer(args: argparse.Namespace, case: Case, path: pathlib.Path, kind: str) -> Measured:
     """The better of flash attention on and off; the slower one runs once."""
     results = []
-    for flash in (True, False):
+    for flash in FLASH[args.flash]:
         tokens = max(case.prompt, args.depth + case.generated)
         peer = Peer(path, tokens + 64, args.threads, flash)
         result = Measured(variant=f"{kind}, flash attention {'on' if flash else 'off'}")
@@ -276,6 +277,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="minicpm4-0.5b")
     parser.add_argument("--weights", default="bf16,int8", help="ours, a list")
     parser.add_argument("--peer-types", default="bf16,f16,q8_0", help="the peer's weight types")
+    parser.add_argument("--flash", choices=FLASH, default="both", help="the peer's flash attention")
     parser.add_argument("--prompt", default="4096,32768", help="lengths of the prefill; 0: none")
     parser.add_argument("--generate", type=int, default=64, help="tokens to decode; 0: none")
     parser.add_argument("--depth", type=int, default=128, help="cached tokens before the decode")
