@@ -19,9 +19,9 @@ Status copy_out(const Backend& backend, void* host, const void* device, std::siz
   return backend.kernels->copy_out(backend, host, device, bytes);
 }
 
-Result<DeviceMemory> device_memory(const Backend& backend) {
-  return backend.kernels->device_memory == nullptr ? DeviceMemory()
-                                                   : backend.kernels->device_memory(backend);
+Result<DeviceInfo> device_info(const Backend& backend) {
+  return backend.kernels->device_info == nullptr ? DeviceInfo()
+                                                 : backend.kernels->device_info(backend);
 }
 
 Status synchronize(const Backend& backend) {

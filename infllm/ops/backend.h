@@ -50,12 +50,13 @@ Result<Buffer> allocate(const Backend& backend, std::size_t bytes);
 Status copy_in(const Backend& backend, void* device, const void* host, std::size_t bytes);
 Status copy_out(const Backend& backend, void* host, const void* device, std::size_t bytes);
 
-// What a device has of its own, in bytes. Zeros on host backends, which share the machine's.
-struct DeviceMemory {
-  std::int64_t total = 0;
-  std::int64_t free = 0;
+// What a device is and has of its own. Nothing of it on host backends, which share the machine's.
+struct DeviceInfo {
+  std::string name;              // "NVIDIA H200"
+  std::int64_t total_bytes = 0;  // of memory
+  std::int64_t free_bytes = 0;   // now
 };
-Result<DeviceMemory> device_memory(const Backend& backend);
+Result<DeviceInfo> device_info(const Backend& backend);
 
 // Waits for every step that was started, and tells of their errors. Host backends never wait.
 Status synchronize(const Backend& backend);

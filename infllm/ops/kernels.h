@@ -41,7 +41,7 @@ struct Kernels {
   Status (*copy_in)(const Backend&, void* device, const void* host, std::size_t) = nullptr;
   Status (*copy_out)(const Backend&, void* host, const void* device, std::size_t) = nullptr;
 
-  Result<DeviceMemory> (*device_memory)(const Backend&) = nullptr;  // null on hosts
+  Result<DeviceInfo> (*device_info)(const Backend&) = nullptr;  // null on hosts
 
   // Of columns whose cells return before their work is done; null on hosts.
   Status (*synchronize)(const Backend&) = nullptr;
