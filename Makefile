@@ -13,8 +13,8 @@ RELEASE := build/release
 export NINJA_STATUS = [%f/%t %p %es] 
 SOURCES = $(shell find infllm tests bench fuzz examples -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 
-.PHONY: help build demo test bench fuzz asan tsan lint format-check format tidy render render-cli \
-  check-render clean
+.PHONY: help build demo test cuda gpu-test bench fuzz asan tsan lint format-check format tidy \
+  render render-cli check-render clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,18 @@ test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, include
 	cmake --preset release -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS)
 	ctest --preset release --parallel $(JOBS) $(CTEST_FLAGS)
+
+cuda:  ## the program with the CUDA columns: build/cuda/infllm; installs nvcc if there is none
+	tools/install_deps.sh build
+	tools/install_deps.sh --unless-found nvcc /usr/local/cuda/bin/nvcc cuda
+	test -f build/cuda/CMakeCache.txt || cmake --preset cuda -DINFLLM_DEVELOPER=OFF $(CMAKE_FLAGS)
+	cmake --build --preset cuda --parallel $(JOBS) --target infllm
+
+gpu-test:  ## every step and the model on this machine's NVIDIA GPU, against the float64 reference
+	tools/install_deps.sh build test
+	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
+	cmake --build --preset cuda --parallel $(JOBS) --target gpu_tests
+	tools/gpu_test.sh build/cuda/tests
 
 bench:  ## run the benchmarks, add their lines to bench/results, render the tables
 	tools/install_deps.sh build test

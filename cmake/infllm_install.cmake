@@ -11,6 +11,9 @@ set(infllm_package "${CMAKE_INSTALL_LIBDIR}/cmake/infllm")
 install(TARGETS infllm)
 install(TARGETS infllm_core infllm_ops infllm_backend infllm_model infllm_engine infllm_flags
   EXPORT infllm_targets)
+if(INFLLM_HAS_CUDA)
+  install(TARGETS infllm_cuda EXPORT infllm_targets)
+endif()
 foreach(module core ops backend model engine)
   install(DIRECTORY "${PROJECT_SOURCE_DIR}/infllm/${module}"
     DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/infllm" FILES_MATCHING PATTERN "*.h"

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# infllm_module(NAME DEPS a b ... LINK x y ... EXCLUDE f.cc ...)
+# infllm_module(NAME DEPS a b ... LINK x y ... WITHOUT folder ...)
 #
 # One folder, one static library: every .cc below infllm/NAME becomes the target infllm_NAME (a
 # slash in NAME becomes an underscore). DEPS are other modules, LINK are outside libraries that only
-# this module's sources see.
+# this module's sources see, WITHOUT are folders that are built elsewhere.
 function(infllm_module name)
-  cmake_parse_arguments(arg "" "" "DEPS;LINK;EXCLUDE" ${ARGN})
+  cmake_parse_arguments(arg "" "" "DEPS;LINK;WITHOUT" ${ARGN})
   string(REPLACE "/" "_" target "infllm_${name}")
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/infllm/${name}/*.cc")
-  foreach(file IN LISTS arg_EXCLUDE)
-    list(REMOVE_ITEM sources "${PROJECT_SOURCE_DIR}/infllm/${name}/${file}")
+  foreach(folder IN LISTS arg_WITHOUT)
+    list(FILTER sources EXCLUDE REGEX "/infllm/${name}/${folder}/")
   endforeach()
   add_library(${target} STATIC ${sources})
   set_target_properties(${target} PROPERTIES EXPORT_NAME "${name}")

@@ -18,6 +18,10 @@ import pathlib
 import re
 import sys
 
+# What the CUDA columns' folders share.
+CUDA_SHARED = ["infllm/backend/cuda/" + name for name in (
+    "tile", "device.h", "launch.cuh", "numbers.cuh", "page.cuh", "pooled.h")]
+
 # Who may include whom. The longest matching folder on the left decides.
 ARROWS = {
     "infllm/core": ["infllm/core"],
@@ -29,12 +33,15 @@ ARROWS = {
         "infllm/backend/cpu", "infllm/backend/host_memory.h", "infllm/ops", "infllm/core"],
     "infllm/backend/cuda": ["infllm/backend/cuda", "infllm/ops", "infllm/core"],
     # The tuned column may inherit launch declarations of the general one, never the reverse.
-    "infllm/backend/cuda/tile": ["infllm/backend/cuda/tile"],
+    "infllm/backend/cuda/tile": [
+        "infllm/backend/cuda/tile", "infllm/core/dtype.h", "infllm/core/status.h"],
     "infllm/backend/cuda/sm80": [
-        "infllm/backend/cuda/sm80", "infllm/backend/cuda/tile", "infllm/ops", "infllm/core"],
+        "infllm/backend/cuda/sm80", *CUDA_SHARED, "infllm/ops", "infllm/core"],
+    "infllm/backend/cuda/decode": [
+        "infllm/backend/cuda/decode", *CUDA_SHARED, "infllm/ops", "infllm/core"],
     "infllm/backend/cuda/sm90": [
-        "infllm/backend/cuda/sm90", "infllm/backend/cuda/sm80", "infllm/backend/cuda/tile",
-        "infllm/ops", "infllm/core"],
+        "infllm/backend/cuda/sm90", "infllm/backend/cuda/sm80", *CUDA_SHARED, "infllm/ops",
+        "infllm/core"],
     "infllm/model": ["infllm/model", "infllm/ops", "infllm/core"],
     "infllm/engine": ["infllm/engine", "infllm/model", "infllm/ops", "infllm/core"],
     "infllm/app": ["infllm"],
@@ -52,6 +59,8 @@ OUTSIDE = {
     "CLI/": ["infllm/app", "bench"],
     "boost/": ["infllm/app"],
     "hwy/": ["infllm/backend/cpu"],
+    "cublas": ["infllm/backend/cuda"],
+    "cuda": ["infllm/backend/cuda", "tests/cuda", "bench/probes"],
     "gtest/": ["tests"],
     "gmock/": ["tests"],
     "rapidcheck": ["tests"],

@@ -5,6 +5,8 @@
 #
 #   tools/install_deps.sh build test     install with apt-get, through sudo when not root
 #   tools/install_deps.sh --list build   print the packages only
+#   tools/install_deps.sh --unless-found nvcc /usr/local/cuda/bin/nvcc cuda
+#                                        nothing, if one of these two programs exists
 #
 # Returns at once when everything is there. Packages of the registry "pip" go into .venv.
 set -euo pipefail
@@ -28,6 +30,10 @@ list_only=false
 if [[ "${1:-}" == --list ]]; then
   list_only=true
   shift
+fi
+if [[ "${1:-}" == --unless-found ]]; then
+  ! command -v "$2" "$3" >/dev/null || exit 0
+  shift 3
 fi
 [[ $# -gt 0 ]] || fail "no group given; expected one or more of: $known"
 wanted=()

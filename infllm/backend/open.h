@@ -8,6 +8,8 @@
 //                                   the yardstick for other columns' errors, not listed as a device
 //   "cpu"                           the best of the next line that this machine has
 //   "cpu:portable" "cpu:avx2" "cpu:avx512" "cpu:avx512_bf16" "cpu:neon"
+//   "cuda" "cuda:1" "cuda:0:sm80" "cuda:0:sm90" "cuda:0:sm90:f16"
+//                                   a CUDA device, its column and its 16-bit type (cuda/open.h)
 //   "auto"                          the fastest device there is
 //
 // A name that is unknown, not compiled in or not supported by this machine is refused with the list

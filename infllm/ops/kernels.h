@@ -73,6 +73,7 @@ struct Kernels {
   Cell<RopeParams> rope;
   Cell<SwigluParams> swiglu;
   Cell<GatherParams> gather;
+  Cell<SplitQkvParams> split_qkv;  // null: rope and gathers
   Cell<TopLogitsParams> top_logits;  // null where the logits are in host memory anyhow
 };
 

@@ -20,7 +20,7 @@
 
 namespace infllm::cuda {
 
-class Blas;  // linear.h: cuBLASLt, loaded on first use
+class Blas;  // blas.h: cuBLASLt, loaded when the device is opened
 
 struct Device {
   Device() = default;
@@ -34,10 +34,12 @@ struct Device {
   std::size_t shared_bytes = 0;  // the most that a block may ask for
   std::size_t l2_bytes = 0;
   cudaStream_t stream = nullptr;
-  std::shared_ptr<Blas> blas;
+  std::shared_ptr<Blas> blas;  // never null
 };
 
-// Opens the device: kUnsupported says what is missing (driver, device of that number, capability).
+// kUnsupported says what is missing: the driver, a device of that number, its capability.
+Result<int> count_devices();             // at least 1
+Result<int> capability_of(int ordinal);  // 90 for 9.0
 Result<std::shared_ptr<Device>> open_device(int ordinal);
 
 // The state of a backend that this column opened. Makes its device the calling thread's current

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The tables of the CUDA columns, and which of them a device runs. A row that is tuned for Hopper
+// says which shapes it covers; the general one takes the others.
+#include "infllm/backend/cuda/open.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+
+#include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/memory.h"
+#include "infllm/backend/cuda/rows.h"
+#include "infllm/backend/cuda/sm80/attend.h"
+#include "infllm/backend/cuda/sm80/score.h"
+#include "infllm/backend/cuda/sm80/select.h"
+#include "infllm/backend/cuda/sm90/attend.h"
+#include "infllm/backend/cuda/sm90/score_select.h"
+
+namespace infllm::cuda {
+namespace {
+
+template <DType kType>
+Status check_layout_of(const KvLayout& layout) {
+  return check_layout(layout, kType);
+}
+
+// What every architecture runs from Ampere on.
+template <DType kType>
+Kernels general() {
+  return {
+      .name = kType == DType::kF16 ? "sm80:f16" : "sm80",
+      .activation = kType,
+      .accumulate = DType::kF32,
+      .allocate = &allocate,
+      .copy_in = &copy_in,
+      .copy_out = &copy_out,
+      .device_info = &device_info,
+      .synchronize = &synchronize,
+      .record = &record,
+      .replay = &replay,
+      .check_layout = &check_layout_of<kType>,
+      .kv_page_bytes = &kv_page_bytes,
+      .kv_append = {&kv_append},
+      .kv_read = {&kv_read},
+      .compress = {&compress},
+      .score = {&sm80::score, &sm80::score_bytes},
+      .select = {&sm80::select},
+      .attend = {&sm80::attend, &sm80::attend_bytes},
+      .pack_linear = &pack_linear,
+      .linear = {&linear, &linear_workspace_bytes},
+      .upload_table = &upload_table,
+      .embed = {&embed},
+      .rms_norm = {&rms_norm},
+      .rope_tables = {&rope_tables},
+      .rope = {&rope},
+      .swiglu = {&swiglu},
+      .gather = {&gather},
+      .split_qkv = {&split_qkv, nullptr, &split_qkv_covers},
+      .top_logits = {&top_logits},
+  };
+}
+
+Status attend_on_hopper(const Backend& backend, const AttendParams& p, Workspace workspace) {
+  return sm90::attends(p) ? sm90::attend(backend, p, workspace)
+                          : sm80::attend(backend, p, workspace);
+}
+
+std::size_t attend_on_hopper_bytes(const Backend& backend, const AttendParams& p) {
+  return sm90::attends(p) ? sm90::attend_bytes(backend, p) : sm80::attend_bytes(backend, p);
+}
+
+// The general table with the rows that Hopper has of its own.
+template <DType kType>
+Kernels hopper() {
+  Kernels table = general<kType>();
+  table.name = kType == DType::kF16 ? "sm90:f16" : "sm90";
+  table.score_select = {&sm90::score_select, &sm90::score_select_bytes, &sm90::score_selects};
+  table.attend = {&attend_on_hopper, &attend_on_hopper_bytes};
+  return table;
+}
+
+struct Column {
+  int capability;        // that its machine code is for
+  bool later_ones;       // runs on newer devices too
+  const Kernels& table;  // whose name ends the backend's
+
+  bool runs_on(int device) const {
+    return later_ones ? device >= capability : device == capability;
+  }
+};
+
+// Slowest first.
+std::span<const Column> columns() {
+  static const Kernels tables[] = {general<DType::kF16>(), general<DType::kBF16>(),
+                                   hopper<DType::kF16>(), hopper<DType::kBF16>()};
+  static const Column list[] = {
+      {80, true, tables[0]}, {80, true, tables[1]}, {90, false, tables[2]}, {90, false, tables[3]}};
+  return list;
+}
+
+// "cuda[:N][:sm80|:sm90][:f16]" taken apart.
+struct Name {
+  int ordinal = 0;
+  std::string_view column;  // empty: the fastest
+  bool f16 = false;
+};
+
+Result<Name> parse(std::string_view name) {
+  Name parsed;
+  std::string_view rest = name.substr(std::string_view("cuda").size());
+  while (!rest.empty()) {
+    rest.remove_prefix(1);  // the colon
+    const std::string_view part = rest.substr(0, rest.find(':'));
+    rest.remove_prefix(part.size());
+    const auto [end, error] =
+        std::from_chars(part.data(), part.data() + part.size(), parsed.ordinal);
+    const bool is_number = error == std::errc() && end == part.data() + part.size();
+    if (is_number && parsed.ordinal >= 0 && parsed.column.empty() && !parsed.f16) continue;
+    if ((part == "sm80" || part == "sm90") && parsed.column.empty() && !parsed.f16) {
+      parsed.column = part;
+    } else if (part == "f16" && !parsed.f16) {
+      parsed.f16 = true;
+    } else {
+      return invalid_argument(
+          fmt::format("no device \"{}\"; expected cuda[:number][:sm80|:sm90][:f16]", name));
+    }
+  }
+  return parsed;
+}
+
+}  // namespace
+
+std::vector<std::string> available() {
+  std::vector<std::string> names;
+  const Result<int> count = count_devices();
+  for (int ordinal = 0; count.ok() && ordinal < *count; ++ordinal) {
+    const Result<int> capability = capability_of(ordinal);
+    for (const Column& column : columns()) {
+      if (!capability.ok() || !column.runs_on(*capability)) continue;
+      names.push_back(fmt::format("cuda:{}:{}", ordinal, column.table.name));
+    }
+  }
+  return names;
+}
+
+Result<Backend> open(std::string_view name) {
+  const Name wanted = INFLLM_TRY(parse(name));
+  const std::shared_ptr<Device> device = INFLLM_TRY(open_device(wanted.ordinal));
+  const Kernels* best = nullptr;
+  for (const Column& column : columns()) {
+    if (column.runs_on(device->capability) &&
+        (column.table.activation == DType::kF16) == wanted.f16 &&
+        (wanted.column.empty() || column.table.name.starts_with(wanted.column))) {
+      best = &column.table;
+    }
+  }
+  if (best == nullptr) {
+    return unsupported(fmt::format(
+        "no device \"{}\": cuda:{} has compute capability {}.{}, and sm90 is for 9.0; use "
+        "\"cuda:{}\"",
+        name, wanted.ordinal, device->capability / 10, device->capability % 10, wanted.ordinal));
+  }
+  return Backend{.name = fmt::format("cuda:{}:{}", wanted.ordinal, best->name),
+                 .kernels = best,
+                 .state = device};
+}
+
+}  // namespace infllm::cuda
