@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Host side of attend_kernel.cuh: workspace, tensor maps, launches of one configuration.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+
+#include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/sm90/attend_kernel.cuh"
+#include "infllm/backend/cuda/tile/tensor_map.h"
+#include "infllm/core/arena.h"
+
+namespace infllm::cuda::sm90 {
+
+// Lists are built and used for this many tiles at a time: they are most of the workspace.
+inline constexpr std::int64_t kTilesAtOnce = 16384;
+
+// How one configuration cuts a call.
+template <class C>
+struct AttendPlan {
+  explicit AttendPlan(const AttendParams& p)
+      : heads(p.pages.layout.kv_heads),
+        group(p.heads_q / heads),
+        tile_tokens(C::kRows / group),
+        tiles(heads * most_tiles(p.batch, tile_tokens)),
+        chunk(C::kSparse ? std::min(tiles, kTilesAtOnce) : tiles),
+        chunks(ceil_div(tiles, chunk)),
+        capacity(C::kSparse ? union_capacity(p, tile_tokens) : 0) {}
+
+  // The arrays of the workspace, through an Arena or an ArenaSize.
+  template <class Taker>
+  void take(Taker&& taker, unsigned*& taken, UnionLists& lists) const {
+    taker(taken, chunks);
+    if (!C::kSparse) return;
+    auto* sets = static_cast<typename C::TokenSet*>(lists.tokens);
+    taker(lists.counts, chunk);
+    taker(lists.blocks, chunk * capacity);
+    taker(sets, chunk * capacity);
+    lists.tokens = sets;
+    lists.capacity = capacity;
+    lists.token_bytes = sizeof(typename C::TokenSet);
+  }
+
+  std::int32_t heads;
+  std::int32_t group;
+  std::int32_t tile_tokens;
+  std::int64_t tiles;
+  std::int64_t chunk;
+  std::int64_t chunks;
+  std::int64_t capacity;
+};
+
+template <class C>
+std::size_t attend_bytes_of(const AttendParams& params) {
+  const AttendPlan<C> plan(params);
+  ArenaSize size;
+  unsigned* taken = nullptr;
+  UnionLists lists;
+  plan.take([&]<typename T>(T*&, std::int64_t count) { size.take<T>(count); }, taken, lists);
+  return size.bytes();
+}
+
+// One 64-row plane of keys or values, wherever its page is.
+inline Result<CUtensorMap> plane_map(const KvPages& pages, std::int64_t offset,
+                                     std::uint32_t box_panels) {
+  const KvLayout& layout = pages.layout;
+  const auto row = static_cast<std::uint64_t>(layout.head_dim * size_of(layout.dtype));
+  const auto panels = static_cast<std::uint64_t>(layout.head_dim / 64);
+  return tile::make_tensor_map(
+      {.data = static_cast<const std::byte*>(pages.data) + offset,
+       .dtype = layout.dtype,
+       .rank = 5,
+       .size = {64, kPageTokens, panels, static_cast<std::uint64_t>(layout.kv_heads),
+                static_cast<std::uint64_t>(pages.num_pages)},
+       .stride_bytes = {row, 128, kPageTokens * row, static_cast<std::uint64_t>(pages.page_bytes)},
+       .box = {64, kPageTokens, box_panels, 1, 1}});
+}
+
+// The 64 rows of 64 / G neighbouring tokens and the G query heads of one KV head.
+inline Result<CUtensorMap> query_map(const AttendParams& p) {
+  const auto dim = static_cast<std::uint64_t>(p.pages.layout.head_dim);
+  const auto group = static_cast<std::uint32_t>(p.heads_q / p.pages.layout.kv_heads);
+  const auto heads = static_cast<std::uint64_t>(p.heads_q);
+  return tile::make_tensor_map(
+      {.data = p.q,
+       .dtype = p.pages.layout.dtype,
+       .rank = 4,
+       .size = {64, heads, static_cast<std::uint64_t>(p.batch.num_tokens), dim / 64},
+       .stride_bytes = {2 * dim, 2 * dim * heads, 128},
+       .box = {64, group, 64 / group, static_cast<std::uint32_t>(dim / 64)}});
+}
+
+template <class C>
+Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cudaStream_t stream,
+                  int sm_count) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  const AttendPlan<C> plan(params);
+  Arena arena(workspace);
+  unsigned* taken = nullptr;
+  UnionLists lists;
+  plan.take([&]<typename T>(T*& array, std::int64_t count) { array = arena.take<T>(count); }, taken,
+            lists);
+  const PagePool pool(params.pages);
+  const CUtensorMap q_map = INFLLM_TRY(query_map(params));
+  const CUtensorMap k_map =
+      INFLLM_TRY(plane_map(params.pages, pool.map.key(0), C::kBlocks == 1 ? C::kPanels : 1));
+  const CUtensorMap v_map = INFLLM_TRY(plane_map(params.pages, pool.map.value(0), C::kPanels));
+  constexpr std::size_t kShared = sizeof(AttendShared<C>) + 1024;
+  static_assert(kShared <= kSharedLimit);
+  INFLLM_TRY(to_status(
+      "attend", cudaFuncSetAttribute(attend_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     kShared)));
+  INFLLM_TRY(
+      to_status("attend", cudaMemsetAsync(taken, 0, plan.chunks * sizeof(unsigned), stream)));
+  for (std::int64_t i = 0; i < plan.chunks; ++i) {
+    const auto first = static_cast<std::int32_t>(i * plan.chunk);
+    const auto count = static_cast<std::int32_t>(std::min(plan.chunk, plan.tiles - first));
+    if (C::kSparse) launch_union(params, plan.tile_tokens, first, count, lists, stream);
+    AttendArgs args{.batch = params.batch,
+                    .pool = pool,
+                    .lists = lists,
+                    .o = params.o,
+                    .lse = static_cast<float*>(params.lse),
+                    .c = params.scale * kLog2E,
+                    .heads = plan.heads,
+                    .group_log2 = std::countr_zero(static_cast<unsigned>(plan.group)),
+                    .tile_tokens = plan.tile_tokens,
+                    .first = first,
+                    .count = count,
+                    .next = taken + i};
+    if (params.selection == nullptr) args.batch.any_sparse = false;
+    attend_kernel<C>
+        <<<std::min(count, sm_count), C::kThreads, kShared, stream>>>(q_map, k_map, v_map, args);
+    INFLLM_TRY(launched("attend"));
+  }
+  return {};
+}
+
+}  // namespace infllm::cuda::sm90
