@@ -258,7 +258,7 @@ TEST_F(EngineTest, RefusesWhatCannotWork) {
   ASSERT_FALSE(small.ok());
   EXPECT_EQ(small.status().code(), StatusCode::kResourceExhausted);
   EXPECT_NE(small.status().message().find("lower --ctx-size"), std::string::npos);
-  EXPECT_FALSE(Engine::create(*model_, *tokenizer_, {.chunk_tokens = 0}).ok());
+  EXPECT_FALSE(Engine::create(*model_, *tokenizer_, {.chunk_tokens = -1}).ok());
 }
 
 TEST_F(EngineTest, MemoryIsComputedBeforeItIsTaken) {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "infllm/backend/open.h"
 #include "infllm/model/config.h"
 
 namespace infllm::model {
@@ -64,6 +65,58 @@ TEST(Rope, FrequenciesAreThoseOfHuggingFace) {
       EXPECT_NEAR(std::atan2(sin[i], cos[i]) / expected, 1,
                   8 * std::numeric_limits<float>::epsilon())
           << what << " dimension " << i;
+    }
+  }
+}
+
+// Every column fills the tables that the host fills; a device's double precision functions may
+// round the last bit of a float another way.
+TEST(Rope, EveryBackendFillsTheSameTables) {
+  RopeConfig config{.type = RopeType::kLongRope, .factor = 0, .original_max_positions = 5000};
+  for (int i = 0; i < 32; ++i) {
+    config.short_factor.push_back(1 + 0.01f * static_cast<float>(i));
+    config.long_factor.push_back(1 + 0.3f * static_cast<float>(i));
+  }
+  const Rope rope(config, 64, 20000);
+  const std::vector<std::int32_t> positions = {0, 1, 4998, 4999, 5000, 123'456, 999'999};
+  const std::vector<std::int32_t> lengths = {1, 5001, 4999, 5000, 5001, 200'000, 1'000'000};
+  const std::size_t count = positions.size() * 32;
+  for (const std::string& name : available_backends()) {
+    const Backend backend = open_backend(name, {.threads = 2}).value();
+    const auto up = [&](const auto& values) {
+      const std::size_t bytes = values.size() * sizeof(values[0]);
+      Buffer buffer = allocate(backend, bytes).value();
+      EXPECT_TRUE(copy_in(backend, buffer.data(), values.data(), bytes).ok());
+      return buffer;
+    };
+    const Buffer numbers = up(rope.numbers());
+    const Buffer at = up(positions);
+    const Buffer of = up(lengths);
+    const std::vector<float> nan(count, NAN);
+    const Buffer cos = up(nan);
+    const Buffer sin = up(nan);
+    for (const bool with_lengths : {true, false}) {
+      RopeTableParams params = rope.tables(numbers.as<float>());
+      params.tokens = std::ssize(positions);
+      params.positions = at.as<std::int32_t>();
+      params.lengths = with_lengths ? of.as<std::int32_t>() : nullptr;
+      params.cos = cos.as<float>();
+      params.sin = sin.as<float>();
+      const Status status = rope_tables(backend, params);
+      ASSERT_TRUE(status.ok()) << status.message();
+      std::vector<float> got_cos(count);
+      std::vector<float> got_sin(count);
+      EXPECT_TRUE(copy_out(backend, got_cos.data(), cos.data(), cos.bytes()).ok());
+      EXPECT_TRUE(copy_out(backend, got_sin.data(), sin.data(), sin.bytes()).ok());
+      for (std::size_t t = 0; t < positions.size(); ++t) {
+        float want_cos[32];
+        float want_sin[32];
+        rope.row(positions[t], with_lengths ? lengths[t] : positions[t] + 1, want_cos, want_sin);
+        for (std::size_t i = 0; i < 32; ++i) {
+          EXPECT_FLOAT_EQ(got_cos[t * 32 + i], want_cos[i]) << name << " token " << t;
+          EXPECT_FLOAT_EQ(got_sin[t * 32 + i], want_sin[i]) << name << " token " << t;
+        }
+      }
     }
   }
 }

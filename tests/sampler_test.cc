@@ -168,6 +168,63 @@ TEST(Sampler, BrokenLogitsAreAnErrorAndMinusInfinityForbids) {
   EXPECT_EQ(one({.temperature = 0.01f}, std::vector<float>{-3e38f, 3e38f}), 1);
 }
 
+// What a backend's top_logits hands out, by sorting; weights in the order of a whole row's sampler.
+TopLogits best_of(const std::vector<float>& logits, float temperature) {
+  std::vector<std::int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::erase_if(order, [&](std::int32_t i) { return logits[i] == -INFINITY; });
+  TopLogits best;
+  std::ranges::stable_sort(order, std::greater(), [&](std::int32_t i) { return logits[i]; });
+  best.count = std::min(static_cast<std::int32_t>(order.size()), TopLogits::kMost);
+  for (std::int32_t i = 0; i < best.count; ++i) {
+    best.token[i] = order[i];
+    best.logit[i] = logits[order[i]];
+  }
+  std::ranges::sort(order);
+  for (const std::int32_t i : order) {
+    best.weight += std::exp((double{logits[i]} - best.logit[0]) / temperature);
+  }
+  return best;
+}
+
+TEST(Sampler, TheBestLogitsDecideLikeTheWholeRowOrNotAtAll) {
+  test::SplitMix random(11);
+  int decided = 0;
+  int undecided = 0;
+  for (int round = 0; round < 4000; ++round) {
+    std::vector<float> logits(random.below(3) == 0 ? 1 + random.below(300) : 1000);
+    const std::uint64_t levels = random.below(2) == 0 ? 24 : 100'000;  // ties, or none
+    const float spread = random.below(2) == 0 ? 2.0f : 12.0f;
+    for (float& l : logits) {
+      l = spread * static_cast<float>(random.below(levels)) / static_cast<float>(levels);
+      if (random.below(9) == 0) l = -INFINITY;
+    }
+    logits[0] = 0;
+    const SamplingParams p{
+        .temperature = 0.5f * static_cast<float>(random.below(4)),
+        .top_k = static_cast<std::int32_t>(random.below(2) * random.below(600)),
+        .top_p = random.below(2) ? 1.0f : 0.1f + 0.1f * static_cast<float>(random.below(9)),
+        .min_p = random.below(2) ? 0.0f : 0.1f * static_cast<float>(random.below(10)),
+        .repetition_penalty = random.below(8) == 0 ? 1.1f : 1.0f,
+        .seed = random.next()};
+    const std::vector<std::int32_t> tokens(random.below(50), 0);
+    Sampler sampler(p);
+    const auto short_way =
+        sampler.sample(best_of(logits, std::max(p.temperature, 1e-3f)), tokens).value();
+    (short_way ? decided : undecided) += 1;
+    if (!short_way) continue;
+    ASSERT_EQ(*short_way, sampler.sample(logits, tokens, 0).value()) << "round " << round;
+  }
+  EXPECT_GT(decided, 1000);
+  EXPECT_GT(undecided, 200);
+
+  Sampler sampler({});
+  EXPECT_THAT(sampler.sample(TopLogits{.broken = 7}, {}).status().message(),
+              HasSubstr("the logit of token 7 is no number or infinite"));
+  EXPECT_THAT(sampler.sample(TopLogits{}, {}).status().message(),
+              HasSubstr("none of the tokens is allowed"));
+}
+
 TEST(Sampler, ParametersAreChecked) {
   const auto message = [](const SamplingParams& p) { return check(p).message(); };
   EXPECT_EQ(message({}), "");

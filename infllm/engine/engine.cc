@@ -65,14 +65,14 @@ struct Engine::Active {
 };
 
 Engine::Engine(const model::Model& model, const Tokenizer& tokenizer, const EngineShape& shape,
-               KvPool pool, Plan plan)
+               KvPool pool, Plan plan, Runner runner)
     : model_(model),
       tokenizer_(tokenizer),
       options_(shape.options),
       rule_(shape.rule),
       pool_(std::move(pool)),
-      plan_(std::move(plan)) {
-  for (std::int32_t i = 0; i < model.config().layers; ++i) layers_.push_back(pool_.layer(i));
+      plan_(std::move(plan)),
+      runner_(std::move(runner)) {
   for (std::int32_t i = 0; i < options_.max_sequences; ++i) {
     slots_.push_back(std::make_unique<Slot>());
   }
@@ -88,14 +88,9 @@ Result<std::unique_ptr<Engine>> Engine::create(const model::Model& model,
   KvPool pool =
       INFLLM_TRY(KvPool::create(backend, shape.layout, model.config().layers, shape.pages));
   Plan plan = INFLLM_TRY(Plan::create(backend, shape.plan_limits));
-  std::unique_ptr<Engine> engine(
-      new Engine(model, tokenizer, shape, std::move(pool), std::move(plan)));
-  engine->workspace_ =
-      INFLLM_TRY(allocate(backend, static_cast<std::size_t>(shape.memory.workspace)));
-  engine->logits_ = INFLLM_TRY(allocate(backend, static_cast<std::size_t>(shape.memory.logits)));
-  engine->host_logits_.resize(static_cast<std::size_t>(options.max_sequences) *
-                              static_cast<std::size_t>(model.config().vocab_size));
-  return engine;
+  Runner runner = INFLLM_TRY(Runner::create(model, pool, shape.step_limits));
+  return std::unique_ptr<Engine>(
+      new Engine(model, tokenizer, shape, std::move(pool), std::move(plan), std::move(runner)));
 }
 
 Status Engine::submit(Request request) {
@@ -229,7 +224,8 @@ std::vector<Work> Engine::schedule_step(std::vector<Active*>& owners) const {
   std::vector<Work> work;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     if (tokens[i] == 0) continue;
-    work.push_back({&running_[i]->slot->sequence, tokens[i]});
+    work.push_back(
+        {&running_[i]->slot->sequence, tokens[i], running_[i]->request.sampling.temperature});
     owners.push_back(running_[i].get());
   }
   return work;
@@ -237,24 +233,13 @@ std::vector<Work> Engine::schedule_step(std::vector<Active*>& owners) const {
 
 Status Engine::forward(const std::vector<Work>& work, model::ForwardTimes* times) {
   INFLLM_TRY(plan_.build(work, rule_, pool_));
-  INFLLM_TRY(model_.forward({.batch = plan_.batch(),
-                             .token_ids = plan_.token_ids(),
-                             .positions = plan_.positions(),
-                             .lengths = plan_.lengths(),
-                             .pages = layers_,
-                             .logit_rows = plan_.logit_rows(),
-                             .num_logits = plan_.num_logits(),
-                             .logits = logits_.data(),
-                             .workspace = {workspace_.data(), workspace_.bytes()},
-                             .times = times}));
-  const std::int64_t count = std::int64_t{plan_.num_logits()} * model_.config().vocab_size;
-  if (count == 0) return {};
-  return read_floats(model_.backend(), logits_.data(), count, host_logits_.data());
+  // A step that could be recorded is worth more than its times.
+  return runner_.run(plan_, plan_.repeatable() ? nullptr : times);
 }
 
 Status Engine::publish(const std::vector<Work>& work, const std::vector<Active*>& owners,
                        const model::ForwardTimes& times) {
-  const float* logits = host_logits_.data();
+  std::int32_t row = 0;
   for (std::size_t i = 0; i < work.size(); ++i) {
     Active& active = *owners[i];
     Sequence& sequence = active.slot->sequence;
@@ -271,20 +256,28 @@ Status Engine::publish(const std::vector<Work>& work, const std::vector<Active*>
       active.request.on_prompt(sequence.cached, sequence.prompt_length);
     }
     if (!wants_logits) continue;
-    INFLLM_TRY(publish_token(active, logits));
-    logits += model_.config().vocab_size;
+    INFLLM_TRY(publish_token(active, row++));
   }
   return {};
 }
 
-Status Engine::publish_token(Active& active, const float* logits) {
+// From the best logits if they decide it, else from the whole row.
+Result<std::int32_t> Engine::draw(Active& active, std::int32_t row) {
+  const Sequence& sequence = active.slot->sequence;
+  if (const TopLogits* best = INFLLM_TRY(runner_.best(row)); best != nullptr) {
+    const auto token = INFLLM_TRY(active.sampler.sample(*best, sequence.tokens));
+    if (token) return *token;
+  }
+  const std::span<const float> logits = INFLLM_TRY(runner_.logits(row));
+  return active.sampler.sample(logits, sequence.tokens, sequence.prompt_length);
+}
+
+Status Engine::publish_token(Active& active, std::int32_t row) {
   const Request& request = active.request;
   Completion& completion = active.completion;
   Sequence& sequence = active.slot->sequence;
+  const std::int32_t token = INFLLM_TRY(draw(active, row));
   if (!std::exchange(active.has_first_token, true)) active.first_token = Clock::now();
-  const std::int32_t token = INFLLM_TRY(
-      active.sampler.sample({logits, static_cast<std::size_t>(model_.config().vocab_size)},
-                            sequence.tokens, sequence.prompt_length));
   if (!request.ignore_eos && std::ranges::count(request.eos, token) > 0) {
     finish(active, FinishReason::kStop);
     return {};

@@ -36,6 +36,7 @@
 #include "infllm/engine/engine_shape.h"
 #include "infllm/engine/kv_pool.h"
 #include "infllm/engine/plan.h"
+#include "infllm/engine/runner.h"
 #include "infllm/engine/sampler.h"
 #include "infllm/engine/scheduler.h"
 #include "infllm/engine/sequence.h"
@@ -100,7 +101,7 @@ class Engine {
   using Clock = std::chrono::steady_clock;
 
   Engine(const model::Model& model, const Tokenizer& tokenizer, const EngineShape& shape,
-         KvPool pool, Plan plan);
+         KvPool pool, Plan plan, Runner runner);
 
   void drop_cancelled();
   void admit();
@@ -111,7 +112,8 @@ class Engine {
   Status forward(const std::vector<Work>& work, model::ForwardTimes* times);
   Status publish(const std::vector<Work>& work, const std::vector<Active*>& owners,
                  const model::ForwardTimes& times);
-  Status publish_token(Active& active, const float* logits);
+  Status publish_token(Active& active, std::int32_t row);
+  Result<std::int32_t> draw(Active& active, std::int32_t row);
   void drop_running();
   void finish(Active& active, FinishReason reason);
 
@@ -121,9 +123,7 @@ class Engine {
   ModeRule rule_;
   KvPool pool_;
   Plan plan_;
-  std::vector<KvPages> layers_;
-  Buffer workspace_, logits_;
-  std::vector<float> host_logits_;  // [R, V]
+  Runner runner_;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::deque<std::unique_ptr<Active>> waiting_;
   std::vector<std::unique_ptr<Active>> running_;  // in order of arrival

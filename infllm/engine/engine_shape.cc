@@ -3,7 +3,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <limits>
+
+#include "infllm/engine/runner.h"
+#include "infllm/ops/kernels.h"
 
 namespace infllm::engine {
 namespace {
@@ -28,10 +32,15 @@ ModeRule rule_of(const model::ModelConfig& config, bool dense) {
 
 }  // namespace
 
+std::int32_t default_chunk_tokens(const Backend& backend) {
+  return backend.kernels->synchronize == nullptr ? 512 : 8192;
+}
+
 Result<EngineShape> engine_shape(const model::Model& model, const EngineOptions& options) {
   const Backend& backend = model.backend();
   EngineShape shape{.options = options};
   if (options.context == 0) shape.options.context = model.config().max_positions;
+  if (options.chunk_tokens == 0) shape.options.chunk_tokens = default_chunk_tokens(backend);
   INFLLM_TRY(check(shape.options));
   const std::int32_t context = shape.options.context;
   const std::int32_t sequences = options.max_sequences;
@@ -46,28 +55,33 @@ Result<EngineShape> engine_shape(const model::Model& model, const EngineOptions&
     return invalid_argument(fmt::format("engine: {} pages, more than can be numbered", pages));
   }
   shape.pages = static_cast<std::int32_t>(pages);
-  shape.step_limits = {.max_tokens = options.chunk_tokens + sequences,
+  // No prompt is longer than the context, so no step holds more of each.
+  const std::int64_t chunk =
+      std::min(std::int64_t{shape.options.chunk_tokens}, std::int64_t{context} * sequences);
+  const auto max_tokens = static_cast<std::int32_t>(chunk + sequences);
+  shape.step_limits = {.max_tokens = max_tokens,
                        .max_sequences = sequences,
                        .max_kv_length = context,
                        .max_logits = sequences};
-  shape.plan_limits = {.max_tokens = options.chunk_tokens + sequences,
+  shape.plan_limits = {.max_tokens = max_tokens,
                        .max_sequences = sequences,
-                       .max_pages = static_cast<std::int32_t>(pages_each)};
+                       .max_pages = static_cast<std::int32_t>(pages_each),
+                       .max_kv_length = context};
 
   EngineMemory& memory = shape.memory;
   memory.cache = KvPool::bytes(backend, shape.layout, model.config().layers, pages);
   memory.workspace = static_cast<std::int64_t>(model.workspace_bytes(shape.step_limits));
-  memory.logits = static_cast<std::int64_t>(model.logits_bytes(sequences));
+  memory.logits = Runner::logits_bytes(model, sequences);
   memory.plan = Plan::bytes(shape.plan_limits);
   if (options.memory_limit > 0 && memory.total() > options.memory_limit) {
     constexpr double kGigabyte = 1e9;
     return resource_exhausted(fmt::format(
         "a context of {} tokens x {} sequences needs {:.2f} GB ({:.2f} cache, {:.2f} workspace) "
-        "besides the weights; {:.2f} GB are available; lower --ctx-size",
+        "besides the weights; {:.2f} GB are available on {}; lower --ctx-size",
         context, sequences, static_cast<double>(memory.total()) / kGigabyte,
         static_cast<double>(memory.cache) / kGigabyte,
         static_cast<double>(memory.workspace) / kGigabyte,
-        static_cast<double>(options.memory_limit) / kGigabyte));
+        static_cast<double>(options.memory_limit) / kGigabyte, backend.name));
   }
   return shape;
 }

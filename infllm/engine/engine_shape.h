@@ -17,12 +17,12 @@ namespace infllm::engine {
 
 struct EngineOptions {
   std::int32_t context = 0;  // prompt and answer of one sequence; 0: what the model is made for
-  std::int32_t max_sequences = 1;   // that run at a time
-  std::int32_t chunk_tokens = 512;  // of prompts in one step
-  std::optional<DType> kv_dtype;    // null: the model's choice
-  bool dense = false;               // attend densely whatever the model's sparse_config says
-  std::int64_t memory_limit = 0;    // bytes that the engine may allocate; 0: no limit
-  bool measure = true;              // fill Timings' ForwardTimes
+  std::int32_t max_sequences = 1;  // that run at a time
+  std::int32_t chunk_tokens = 0;   // of prompts in one step; 0: default_chunk_tokens()
+  std::optional<DType> kv_dtype;   // null: the model's choice
+  bool dense = false;              // attend densely whatever the model's sparse_config says
+  std::int64_t memory_limit = 0;   // bytes that the engine may allocate; 0: no limit
+  bool measure = true;             // fill Timings' ForwardTimes, but not of recorded steps
 };
 
 struct EngineMemory {          // in bytes
@@ -42,6 +42,9 @@ struct EngineShape {
   PlanLimits plan_limits;
   EngineMemory memory;
 };
+
+// Enough to keep the device busy: 512 on a host, 8192 on a device.
+std::int32_t default_chunk_tokens(const Backend& backend);
 
 // kInvalidArgument for options that make no engine, kResourceExhausted for what does not fit in
 // memory_limit, kUnsupported for a cache that the backend cannot hold.

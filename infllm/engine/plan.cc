@@ -3,12 +3,15 @@
 
 #include <algorithm>
 
+#include "infllm/ops/kernels.h"
+
 namespace infllm::engine {
 namespace {
 
-// Places of the arrays in the one buffer, in int32 elements; `sparse` holds bytes.
+// Places of the arrays in the one buffer, in elements of four bytes; `sparse` holds bytes.
 struct Places {
-  std::int64_t query_start, kv_length, token_ids, logit_rows, sparse, page_table, end;
+  std::int64_t query_start, kv_length, token_ids, positions, lengths, logit_rows, temperatures,
+      sparse, page_table, end;
 };
 
 Places places(std::int64_t sequences, std::int64_t tokens, std::int64_t pages) {
@@ -16,8 +19,11 @@ Places places(std::int64_t sequences, std::int64_t tokens, std::int64_t pages) {
   p.query_start = 0;
   p.kv_length = p.query_start + sequences + 1;
   p.token_ids = p.kv_length + sequences;
-  p.logit_rows = p.token_ids + tokens;
-  p.sparse = p.logit_rows + sequences;
+  p.positions = p.token_ids + tokens;
+  p.lengths = p.positions + tokens;
+  p.logit_rows = p.lengths + tokens;
+  p.temperatures = p.logit_rows + sequences;
+  p.sparse = p.temperatures + sequences;
   p.page_table = p.sparse + ceil_div(sequences, sizeof(std::int32_t));
   p.end = p.page_table + sequences * pages;
   return p;
@@ -30,6 +36,24 @@ Batch with_arrays(Batch batch, const std::int32_t* base, const Places& at) {
   batch.page_table = base + at.page_table;
   batch.sparse = reinterpret_cast<const std::uint8_t*>(base + at.sparse);
   return batch;
+}
+
+// The numbers of the step that the host keeps, as the work has them.
+Batch count(std::span<const Work> work, const KvPool& pool) {
+  Batch batch;
+  batch.num_sequences = static_cast<std::int32_t>(work.size());
+  for (const Work& item : work) {
+    batch.num_tokens += item.tokens;
+    batch.max_query_length = std::max(batch.max_query_length, item.tokens);
+    batch.max_kv_length = std::max(batch.max_kv_length, item.sequence->cached + item.tokens);
+  }
+  batch.max_pages = static_cast<std::int32_t>(pool.pages_for(batch.max_kv_length));
+  return batch;
+}
+
+bool decodes_only(std::span<const Work> work) {
+  return std::ranges::all_of(
+      work, [](const Work& item) { return item.tokens == 1 && item.wants_logits(); });
 }
 
 }  // namespace
@@ -48,25 +72,23 @@ Result<Plan> Plan::create(const Backend& backend, const PlanLimits& limits) {
 }
 
 Status Plan::build(std::span<const Work> work, const ModeRule& rule, const KvPool& pool) {
-  Batch batch;
-  batch.num_sequences = static_cast<std::int32_t>(work.size());
-  for (const Work& item : work) {
-    batch.num_tokens += item.tokens;
-    batch.max_query_length = std::max(batch.max_query_length, item.tokens);
-    batch.max_kv_length = std::max(batch.max_kv_length, item.sequence->cached + item.tokens);
-  }
-  batch.max_pages = static_cast<std::int32_t>(pool.pages_for(batch.max_kv_length));
+  Batch batch = count(work, pool);
   INFLLM_CHECK(batch.num_sequences <= limits_.max_sequences &&
-                   batch.num_tokens <= limits_.max_tokens && batch.max_pages <= limits_.max_pages,
+                   batch.num_tokens <= limits_.max_tokens && batch.max_pages <= limits_.max_pages &&
+                   batch.max_kv_length <= limits_.max_kv_length,
                "a step larger than the plan's limits");
+  repeatable_ = backend_.kernels->record != nullptr && decodes_only(work);
+  if (repeatable_) {
+    batch.max_pages = limits_.max_pages;
+    batch.max_kv_length = limits_.max_kv_length;
+  }
 
   const Places at = places(batch.num_sequences, batch.num_tokens, batch.max_pages);
   staging_.assign(at.end, 0);
-  positions_.clear();
-  lengths_.clear();
   modes_.clear();
   num_logits_ = 0;
   auto* sparse = reinterpret_cast<std::uint8_t*>(staging_.data() + at.sparse);
+  auto* temperatures = reinterpret_cast<float*>(staging_.data() + at.temperatures);
   for (std::int32_t b = 0; b < batch.num_sequences; ++b) {
     const Sequence& sequence = *work[b].sequence;
     const std::int32_t start = staging_[at.query_start + b];
@@ -77,12 +99,15 @@ Status Plan::build(std::span<const Work> work, const ModeRule& rule, const KvPoo
     staging_[at.kv_length + b] = kv_length;
     std::copy_n(sequence.tokens.begin() + sequence.cached, work[b].tokens,
                 staging_.begin() + at.token_ids + start);
+    for (std::int32_t i = 0; i < work[b].tokens; ++i) {
+      staging_[at.positions + start + i] = sequence.cached + i;
+      staging_[at.lengths + start + i] = length;
+    }
     std::copy_n(sequence.pages.begin(), pool.pages_for(kv_length),
                 staging_.begin() + at.page_table + std::int64_t{b} * batch.max_pages);
-    if (work[b].wants_logits()) staging_[at.logit_rows + num_logits_++] = end - 1;
-    for (std::int32_t position = sequence.cached; position < kv_length; ++position) {
-      positions_.push_back(position);
-      lengths_.push_back(length);
+    if (work[b].wants_logits()) {
+      staging_[at.logit_rows + num_logits_] = end - 1;
+      temperatures[num_logits_++] = work[b].temperature;
     }
     modes_.push_back(rule.at(length));
     sparse[b] = modes_.back().sparse ? 1 : 0;
@@ -96,7 +121,10 @@ Status Plan::build(std::span<const Work> work, const ModeRule& rule, const KvPoo
   const auto* base = device_.as<const std::int32_t>();
   batch_ = with_arrays(batch, base, at);
   token_ids_ = base + at.token_ids;
+  positions_ = base + at.positions;
+  lengths_ = base + at.lengths;
   logit_rows_ = base + at.logit_rows;
+  temperatures_ = reinterpret_cast<const float*>(base + at.temperatures);
   return {};
 }
 

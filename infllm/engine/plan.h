@@ -8,6 +8,11 @@
 //   model.forward({.batch = plan.batch(), .token_ids = plan.token_ids(), ...});
 //
 // The next build() ends the life of the arrays that batch() points to.
+//
+// Where the backend can record steps, one of decoding alone is made repeatable: its arrays lie at
+// places that depend on the number of sequences only, page tables have rows for the longest
+// sequence, and the host's maxima are the limits. What was recorded for one such step then serves
+// every later one with as many sequences.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +30,7 @@ namespace infllm::engine {
 struct Work {
   const Sequence* sequence = nullptr;
   std::int32_t tokens = 0;
+  float temperature = 0;  // that a token will be drawn with
   // Logits of the last of them; false within a prompt.
   bool wants_logits() const { return tokens == sequence->uncached(); }
 };
@@ -33,6 +39,7 @@ struct PlanLimits {
   std::int32_t max_tokens = 0;
   std::int32_t max_sequences = 0;
   std::int32_t max_pages = 0;  // of one sequence
+  std::int32_t max_kv_length = 0;
 };
 
 class Plan {
@@ -42,12 +49,16 @@ class Plan {
   Status build(std::span<const Work> work, const ModeRule& rule, const KvPool& pool);
 
   const Batch& batch() const { return batch_; }
-  const std::int32_t* token_ids() const { return token_ids_; }         // [T] backend's memory
-  const std::int32_t* logit_rows() const { return logit_rows_; }       // [R] backend's memory
-  std::int32_t num_logits() const { return num_logits_; }              // R
-  const std::int32_t* positions() const { return positions_.data(); }  // [T] host memory
-  const std::int32_t* lengths() const { return lengths_.data(); }      // [T] host memory
-  const std::vector<Mode>& modes() const { return modes_; }            // of each item of work
+  // All in the backend's memory.
+  const std::int32_t* token_ids() const { return token_ids_; }    // [T]
+  const std::int32_t* positions() const { return positions_; }    // [T]
+  const std::int32_t* lengths() const { return lengths_; }        // [T] ForwardParams::lengths
+  const std::int32_t* logit_rows() const { return logit_rows_; }  // [R]
+  const float* temperatures() const { return temperatures_; }     // [R]
+
+  std::int32_t num_logits() const { return num_logits_; }    // R
+  const std::vector<Mode>& modes() const { return modes_; }  // of each item of work
+  bool repeatable() const { return repeatable_; }
 
   static std::int64_t bytes(const PlanLimits& limits);
 
@@ -56,12 +67,15 @@ class Plan {
   PlanLimits limits_;
   Buffer device_;
   std::vector<std::int32_t> staging_;  // what device_ gets
-  std::vector<std::int32_t> positions_, lengths_;
   std::vector<Mode> modes_;
   Batch batch_;
   const std::int32_t* token_ids_ = nullptr;
+  const std::int32_t* positions_ = nullptr;
+  const std::int32_t* lengths_ = nullptr;
   const std::int32_t* logit_rows_ = nullptr;
+  const float* temperatures_ = nullptr;
   std::int32_t num_logits_ = 0;
+  bool repeatable_ = false;
 };
 
 }  // namespace infllm::engine

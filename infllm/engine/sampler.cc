@@ -26,6 +26,12 @@ Status in_range(const char* name, float value, float low, bool with_low, float h
                                       with_low ? "of at least" : "above", low, high));
 }
 
+Status broken_logit(std::int64_t token, std::string_view value) {
+  return data_error(fmt::format(
+      "the logit of token {} is {}: the model's computation overflowed or its weights are damaged",
+      token, value));
+}
+
 }  // namespace
 
 std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
@@ -60,20 +66,21 @@ Status Sampler::load(std::span<const float> logits) {
   for (std::size_t i = 0; i < logits.size(); ++i) {
     const float logit = logits[i];
     if (std::isnan(logit) || logit == INFINITY) {
-      return data_error(
-          fmt::format("the logit of token {} is {}: the model's computation overflowed or its "
-                      "weights are damaged",
-                      i, logit));
+      return broken_logit(static_cast<std::int64_t>(i), fmt::to_string(logit));
     }
     candidates_.push_back({logit, static_cast<std::int32_t>(i)});
   }
   return {};
 }
 
+bool Sampler::has_penalties() const {
+  return params_.repetition_penalty != 1.0f || params_.presence_penalty != 0 ||
+         params_.frequency_penalty != 0;
+}
+
 void Sampler::penalize(std::span<const std::int32_t> tokens, std::int64_t prompt_tokens) {
+  if (!has_penalties()) return;
   const float r = params_.repetition_penalty;
-  const bool openai = params_.presence_penalty != 0 || params_.frequency_penalty != 0;
-  if (r == 1.0f && !openai) return;
   std::unordered_map<std::int32_t, std::int32_t> answered;  // token -> times in the answer
   const auto prompt = static_cast<std::size_t>(std::max<std::int64_t>(prompt_tokens, 0));
   for (std::size_t i = 0; i < tokens.size(); ++i) {
@@ -102,7 +109,39 @@ Result<std::int32_t> Sampler::sample(std::span<const float> logits,
   return draw(tokens.size());
 }
 
-std::int32_t Sampler::draw(std::uint64_t position) {
+Result<std::optional<std::int32_t>> Sampler::sample(const TopLogits& best,
+                                                    std::span<const std::int32_t> tokens) {
+  if (best.broken >= 0) return broken_logit(best.broken, "no number or infinite");
+  if (best.count == 0) {
+    return data_error("none of the tokens is allowed: every logit is minus infinity");
+  }
+  if (has_penalties() || !suffices(best)) return std::optional<std::int32_t>();
+  candidates_.clear();
+  for (std::int32_t i = 0; i < best.count; ++i) {
+    candidates_.push_back({best.logit[i], best.token[i]});
+  }
+  if (params_.top_k == 0 && params_.top_p >= 1) {  // a draw from the whole row goes by id
+    std::ranges::sort(candidates_, {}, &Candidate::token);
+  }
+  return std::optional(
+      draw(tokens.size(), params_.top_k == 0 ? std::optional(best.weight) : std::nullopt));
+}
+
+// Whether every token that can be drawn is among the best.
+bool Sampler::suffices(const TopLogits& best) const {
+  if (params_.temperature == 0 || best.count < TopLogits::kMost) return true;
+  if (params_.top_k > 0) return params_.top_k <= best.count;
+  const auto weight = [&](std::int32_t i) {
+    return std::exp((static_cast<double>(best.logit[i]) - best.logit[0]) / params_.temperature);
+  };
+  if (weight(best.count - 1) < params_.min_p) return true;
+  if (params_.top_p >= 1) return false;
+  double reached = 0;
+  for (std::int32_t i = 0; i < best.count; ++i) reached += weight(i);
+  return reached >= params_.top_p * best.weight;
+}
+
+std::int32_t Sampler::draw(std::uint64_t position, std::optional<double> row_total) {
   const auto better = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
   };
@@ -123,8 +162,10 @@ std::int32_t Sampler::draw(std::uint64_t position) {
   };
   if (params_.top_p < 1) {
     // The order matters from here on: sort as many as top_p needs, doubling while it needs more.
-    double total = 0;
-    for (const Candidate& c : candidates_) total += weight(c);
+    double total = row_total.value_or(0);
+    if (!row_total) {
+      for (const Candidate& c : candidates_) total += weight(c);
+    }
     double reached = 0;
     std::size_t sorted = 0, kept = 0;
     while (kept < count && reached < params_.top_p * total) {

@@ -28,10 +28,12 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "infllm/core/status.h"
+#include "infllm/ops/sampling.h"
 
 namespace infllm::engine {
 
@@ -58,6 +60,11 @@ class Sampler {
   // expected.
   Result<std::int32_t> sample(std::span<const float> logits, std::span<const std::int32_t> tokens,
                               std::int64_t prompt_tokens);
+  // The same from the best logits alone, if they decide it: null when penalties may lift other
+  // tokens, or when more tokens can be drawn than `best` has. Its weight must be that of the
+  // parameters' temperature.
+  Result<std::optional<std::int32_t>> sample(const TopLogits& best,
+                                             std::span<const std::int32_t> tokens);
 
  private:
   struct Candidate {
@@ -66,8 +73,11 @@ class Sampler {
   };
 
   Status load(std::span<const float> logits);
+  bool has_penalties() const;
   void penalize(std::span<const std::int32_t> tokens, std::int64_t prompt_tokens);
-  std::int32_t draw(std::uint64_t position);
+  bool suffices(const TopLogits& best) const;
+  // `row_total`: the weight of the whole row, when candidates_ are its best part only.
+  std::int32_t draw(std::uint64_t position, std::optional<double> row_total = {});
 
   SamplingParams params_;
   std::vector<Candidate> candidates_;  // scratch, kept for its memory

@@ -62,7 +62,7 @@ Status attention_layer(const Step& step, const LayerWeights& weights, const KvPa
   const std::int64_t tokens = step.batch.num_tokens;
   const bool keep_unrotated = pages.layout.score_keys();
 
-  INFLLM_TRY(timed(step.times, &ForwardTimes::norm, [&] {
+  INFLLM_TRY(timed(step, &ForwardTimes::norm, [&] {
     return rms_norm(backend, {.tokens = tokens,
                               .width = c.hidden_size,
                               .x = step.at(step.plan.hidden),
@@ -70,7 +70,7 @@ Status attention_layer(const Step& step, const LayerWeights& weights, const KvPa
                               .epsilon = c.rms_norm_eps,
                               .y = step.at(step.plan.normed)});
   }));
-  INFLLM_TRY(timed(step.times, &ForwardTimes::projections, [&] {
+  INFLLM_TRY(timed(step, &ForwardTimes::projections, [&] {
     return linear(backend,
                   {.weight = &weights.qkv,
                    .tokens = tokens,
@@ -79,8 +79,8 @@ Status attention_layer(const Step& step, const LayerWeights& weights, const KvPa
                   step.workspace);
   }));
   INFLLM_TRY(
-      timed(step.times, &ForwardTimes::rope, [&] { return rotate_and_cut(step, keep_unrotated); }));
-  INFLLM_TRY(timed(step.times, &ForwardTimes::cache, [&] {
+      timed(step, &ForwardTimes::rope, [&] { return rotate_and_cut(step, keep_unrotated); }));
+  INFLLM_TRY(timed(step, &ForwardTimes::cache, [&] {
     return kv_append(backend, {.pages = pages,
                                .batch = step.batch,
                                .k = step.at(step.plan.k),
@@ -95,7 +95,7 @@ Status attention_layer(const Step& step, const LayerWeights& weights, const KvPa
   params.times = step.times != nullptr ? &step.times->attention : nullptr;
   INFLLM_TRY(attention(backend, params, step.workspace));
 
-  return timed(step.times, &ForwardTimes::projections, [&] {
+  return timed(step, &ForwardTimes::projections, [&] {
     return linear(backend,
                   {.weight = &weights.o,
                    .tokens = tokens,

@@ -48,8 +48,8 @@ struct Step {
   ForwardTimes* times = nullptr;
 
   void* at(std::size_t offset) const { return activations + offset; }
-  const float* floats_at(std::size_t offset) const {
-    return reinterpret_cast<const float*>(activations + offset);
+  float* floats_at(std::size_t offset) const {
+    return reinterpret_cast<float*>(activations + offset);
   }
 };
 
@@ -60,15 +60,17 @@ Status mlp_layer(const Step& step, const LayerWeights& weights);
 AttentionParams attention_params(const ModelConfig& config, const KvPages& pages,
                                  const Batch& batch);
 
-// Runs one part and adds the time it took, if anybody asked.
+// Runs one part and adds the time it took, if anybody asked; on a device that means to wait for it.
 template <typename Part>
-Status timed(ForwardTimes* times, double ForwardTimes::*seconds, Part&& part) {
-  if (times == nullptr) return part();
+Status timed(const Step& step, double ForwardTimes::*seconds, Part&& part) {
+  if (step.times == nullptr) return part();
+  INFLLM_TRY(synchronize(step.backend));
   const auto start = std::chrono::steady_clock::now();
-  Status status = part();
-  times->*seconds +=
+  INFLLM_TRY(part());
+  INFLLM_TRY(synchronize(step.backend));
+  step.times->*seconds +=
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return status;
+  return {};
 }
 
 }  // namespace infllm::model

@@ -8,7 +8,7 @@ Status mlp_layer(const Step& step, const LayerWeights& weights) {
   const Backend& backend = step.backend;
   const std::int64_t tokens = step.batch.num_tokens;
 
-  INFLLM_TRY(timed(step.times, &ForwardTimes::norm, [&] {
+  INFLLM_TRY(timed(step, &ForwardTimes::norm, [&] {
     return rms_norm(backend, {.tokens = tokens,
                               .width = c.hidden_size,
                               .x = step.at(step.plan.hidden),
@@ -16,7 +16,7 @@ Status mlp_layer(const Step& step, const LayerWeights& weights) {
                               .epsilon = c.rms_norm_eps,
                               .y = step.at(step.plan.normed)});
   }));
-  return timed(step.times, &ForwardTimes::mlp, [&]() -> Status {
+  return timed(step, &ForwardTimes::mlp, [&]() -> Status {
     INFLLM_TRY(linear(backend,
                       {.weight = &weights.gate_up,
                        .tokens = tokens,

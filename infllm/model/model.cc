@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 
 #include "infllm/core/arena.h"
 #include "infllm/model/layer.h"
@@ -12,9 +11,6 @@
 
 namespace infllm::model {
 namespace {
-
-// Floats of rotary tables that are computed at a time, before they go to the backend's memory.
-constexpr std::size_t kRopeTile = 4096;
 
 Status check_forward(const ForwardParams& p, const ModelConfig& config) {
   INFLLM_TRY(check(p.batch));
@@ -39,31 +35,15 @@ Status check_forward(const ForwardParams& p, const ModelConfig& config) {
   return {};
 }
 
-// The step's tables of cos and sin, tile by tile: computed here, once for all layers, and copied.
-Status fill_rope_tables(const Step& step, const Rope& rope, const ForwardParams& p) {
-  const std::int64_t half = step.config.head_dim / 2;
-  const std::int64_t tile_tokens = static_cast<std::int64_t>(kRopeTile) / half;
-  std::array<float, kRopeTile> cos;
-  std::array<float, kRopeTile> sin;
-  for (std::int64_t first = 0; first < p.batch.num_tokens; first += tile_tokens) {
-    const std::int64_t count = std::min<std::int64_t>(tile_tokens, p.batch.num_tokens - first);
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int32_t position = p.positions[first + i];
-      const std::int32_t length = p.lengths != nullptr ? p.lengths[first + i] : position + 1;
-      rope.row(position, length, cos.data() + i * half, sin.data() + i * half);
-    }
-    const auto offset = static_cast<std::size_t>(first * half) * sizeof(float);
-    const auto bytes = static_cast<std::size_t>(count * half) * sizeof(float);
-    INFLLM_TRY(copy_in(step.backend, step.at(step.plan.cos + offset), cos.data(), bytes));
-    INFLLM_TRY(copy_in(step.backend, step.at(step.plan.sin + offset), sin.data(), bytes));
-  }
-  return {};
-}
-
 // What comes before the first layer.
-Status begin(const Step& step, const Rope& rope, const EmbeddingTable& table,
+Status begin(const Step& step, RopeTableParams tables, const EmbeddingTable& table,
              const ForwardParams& p) {
-  INFLLM_TRY(fill_rope_tables(step, rope, p));
+  tables.tokens = p.batch.num_tokens;
+  tables.positions = p.positions;
+  tables.lengths = p.lengths;
+  tables.cos = step.floats_at(step.plan.cos);
+  tables.sin = step.floats_at(step.plan.sin);
+  INFLLM_TRY(rope_tables(step.backend, tables));
   return embed(step.backend, {.table = &table,
                               .tokens = p.batch.num_tokens,
                               .token_ids = p.token_ids,
@@ -152,11 +132,10 @@ Result<Model> Model::load(const Backend& backend, const ModelConfig& config,
   Weights weights = INFLLM_TRY(load_weights(backend, config, source, options));
   Model model(backend, config, std::move(weights));
   INFLLM_TRY(check(backend, model.kv_layout()));
+  const std::span<const float> numbers = model.rope_.numbers();
+  model.rope_numbers_ = INFLLM_TRY(allocate(backend, numbers.size_bytes()));
+  INFLLM_TRY(copy_in(backend, model.rope_numbers_.data(), numbers.data(), numbers.size_bytes()));
   return model;
-}
-
-DType Model::kv_dtype() const {
-  return weights_.format == WeightFormat::kF32 ? backend_.kernels->activation : DType::kBF16;
 }
 
 Status Model::forward(const ForwardParams& p) const {
@@ -175,14 +154,15 @@ Status Model::forward(const ForwardParams& p) const {
   step.activations = arena.take<std::byte>(static_cast<std::int64_t>(step.plan.bytes));
   step.workspace = arena.rest();
 
-  INFLLM_TRY(timed(p.times, &ForwardTimes::embed,
-                   [&] { return begin(step, rope_, weights_.embedding, p); }));
+  INFLLM_TRY(timed(step, &ForwardTimes::embed, [&] {
+    return begin(step, rope_.tables(rope_numbers_.as<float>()), weights_.embedding, p);
+  }));
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     INFLLM_TRY(attention_layer(step, weights_.layers[i], p.pages[i]));
     INFLLM_TRY(mlp_layer(step, weights_.layers[i]));
   }
   if (p.num_logits == 0) return {};
-  return timed(p.times, &ForwardTimes::head, [&] { return head(step, weights_, p); });
+  return timed(step, &ForwardTimes::head, [&] { return head(step, weights_, p); });
 }
 
 std::size_t Model::workspace_bytes(const Batch& batch, std::int32_t num_logits) const {
@@ -205,20 +185,26 @@ std::size_t Model::workspace_bytes(const Batch& batch, std::int32_t num_logits) 
 }
 
 std::size_t Model::workspace_bytes(const StepLimits& limits) const {
-  // A backend may want more for many short sequences than for one long chunk, or the other way
-  // round: both ends are asked.
+  // A backend may split a short step over more of the device than a long one, so the longest is not
+  // always the one that wants most: every size of a decoding step is asked, and every power of two
+  // of a longer one, as one sequence's and as many sequences'.
   std::size_t bytes = 0;
-  for (const bool decode : {false, true}) {
-    Batch batch{.num_sequences = limits.max_sequences,
-                .num_tokens = decode ? limits.max_sequences : limits.max_tokens,
-                .max_query_length = decode ? 1 : limits.max_tokens,
+  const auto ask = [&](std::int32_t sequences, std::int32_t tokens) {
+    Batch batch{.num_sequences = sequences,
+                .num_tokens = tokens,
+                .max_query_length = tokens - sequences + 1,
                 .max_kv_length = limits.max_kv_length};
     batch.max_pages = static_cast<std::int32_t>(kv_layout().config.blocks_in(limits.max_kv_length));
-    bytes = std::max(bytes, workspace_bytes(batch, limits.max_logits));
-    if (config_.sparse) {
-      batch.any_sparse = true;
-      bytes = std::max(bytes, workspace_bytes(batch, limits.max_logits));
+    for (const bool sparse : {false, config_.sparse.has_value()}) {
+      batch.any_sparse = sparse;
+      bytes = std::max(bytes, workspace_bytes(batch, std::min(tokens, limits.max_logits)));
     }
+  };
+  for (std::int32_t i = 1; i <= limits.max_sequences; ++i) ask(i, i);
+  for (std::int64_t tokens = 2; tokens < 2 * std::int64_t{limits.max_tokens}; tokens *= 2) {
+    const auto count = static_cast<std::int32_t>(std::min<std::int64_t>(tokens, limits.max_tokens));
+    ask(1, count);
+    ask(std::min(limits.max_sequences, count), count);
   }
   return bytes;
 }

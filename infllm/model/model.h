@@ -13,8 +13,9 @@
 //                             .logits = logits, .workspace = {workspace.data(), bytes}}));
 //   INFLLM_TRY(read_floats(backend, logits, vocab, host_logits));
 //
-// forward() neither allocates nor keeps anything between calls: sequences live in their pages.
-// Prefill, chunked prefill, decoding and mixtures are one code path.
+// forward() neither allocates nor keeps anything between calls: sequences live in their pages. It
+// reads no array on the host and waits for nothing (unless asked for times), so a device can record
+// it. Prefill, chunked prefill, decoding and mixtures are one code path.
 #pragma once
 
 #include <cstddef>
@@ -49,9 +50,9 @@ struct ForwardTimes {
 struct ForwardParams {
   Batch batch;                              // arrays in the backend's memory
   const std::int32_t* token_ids = nullptr;  // [T] backend's memory, each in [0, V)
-  const std::int32_t* positions = nullptr;  // [T] HOST memory, as the batch implies them
-  // [T] HOST memory: tokens of the sequence this token belongs to, its whole prompt counted while
-  // that is being prefilled. Chooses LongRoPE's factors. Null: position + 1.
+  const std::int32_t* positions = nullptr;  // [T] backend's memory, as the batch implies them
+  // [T] backend's memory: tokens of the sequence this token belongs to, its whole prompt counted
+  // while that is being prefilled. Chooses LongRoPE's factors. Null: position + 1.
   const std::int32_t* lengths = nullptr;
   std::span<const KvPages> pages;            // one per layer, layout kv_layout()
   const std::int32_t* logit_rows = nullptr;  // [R] backend's memory: packed tokens that need logits
@@ -79,10 +80,9 @@ class Model {
   const Weights& weights() const { return weights_; }
   const Backend& backend() const { return backend_; }
 
-  // The cache of every layer. Its type follows the weights: the backend's activation type for a
-  // float32 model, which loses nothing, bf16 for the others.
+  // The cache of every layer.
   KvLayout kv_layout() const { return config_.kv_layout(kv_dtype()); }
-  DType kv_dtype() const;
+  DType kv_dtype() const { return default_kv_dtype(backend_, weights_.format); }
 
   Status forward(const ForwardParams& params) const;
 
@@ -99,6 +99,7 @@ class Model {
   ModelConfig config_;
   Weights weights_;
   Rope rope_;
+  Buffer rope_numbers_;  // rope_.numbers() in the backend's memory
 };
 
 }  // namespace infllm::model

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <utility>
 
 namespace infllm::model {
 namespace {
@@ -102,39 +103,53 @@ std::string_view name_of(RopeType type) {
 }
 
 Rope::Rope(const RopeConfig& config, std::int32_t head_dim, std::int32_t max_positions)
-    : inverse_(inverse_frequencies(config.theta, head_dim)),
-      short_scale_(inverse_.size(), 1.0f),
-      attention_factor_(static_cast<float>(attention_factor_of(config, max_positions))) {
+    : attention_factor_(static_cast<float>(attention_factor_of(config, max_positions))) {
+  std::vector<float> inverse = inverse_frequencies(config.theta, head_dim);
+  std::vector<float> short_scale(inverse.size(), 1.0f);
   switch (config.type) {
     case RopeType::kDefault:
       break;
     case RopeType::kLinear:
-      for (float& frequency : inverse_) frequency /= static_cast<float>(config.factor);
+      for (float& frequency : inverse) frequency /= static_cast<float>(config.factor);
       break;
     case RopeType::kLlama3:
-      stretch_llama3(config, inverse_);
+      stretch_llama3(config, inverse);
       break;
     case RopeType::kYarn:
-      stretch_yarn(config, head_dim, inverse_);
+      stretch_yarn(config, head_dim, inverse);
       break;
     case RopeType::kLongRope:
-      short_scale_ = reciprocals(config.short_factor);
+      short_scale = reciprocals(config.short_factor);
       if (config.long_factor != config.short_factor) {
         switch_length_ = config.original_max_positions;
       }
       break;
   }
-  long_scale_ = switch_length_ > 0 ? reciprocals(config.long_factor) : short_scale_;
+  const std::vector<float> long_scale =
+      switch_length_ > 0 ? reciprocals(config.long_factor) : short_scale;
+  for (const std::vector<float>* part :
+       {&std::as_const(short_scale), &long_scale, &std::as_const(inverse)}) {
+    numbers_.insert(numbers_.end(), part->begin(), part->end());
+  }
+}
+
+RopeTableParams Rope::tables(const float* numbers) const {
+  const std::size_t half = numbers_.size() / 3;
+  return {.head_dim = static_cast<std::int32_t>(2 * half),
+          .scales = numbers,
+          .frequencies = numbers + 2 * half,
+          .switch_length = switch_length_,
+          .factor = attention_factor_};
 }
 
 void Rope::row(std::int32_t position, std::int32_t length, float* cos, float* sin) const {
-  const bool is_long = switch_length_ > 0 && length > switch_length_;
-  const std::vector<float>& scale = is_long ? long_scale_ : short_scale_;
-  for (std::size_t i = 0; i < inverse_.size(); ++i) {
-    const float angle = static_cast<float>(position) * scale[i] * inverse_[i];
-    cos[i] = static_cast<float>(std::cos(static_cast<double>(angle))) * attention_factor_;
-    sin[i] = static_cast<float>(std::sin(static_cast<double>(angle))) * attention_factor_;
-  }
+  RopeTableParams params = tables(numbers_.data());
+  params.tokens = 1;
+  params.positions = &position;
+  params.lengths = &length;
+  params.cos = cos;
+  params.sin = sin;
+  fill_rope_row(params, 0);
 }
 
 }  // namespace infllm::model

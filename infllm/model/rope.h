@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "infllm/core/status.h"
+#include "infllm/ops/transformer.h"
 
 namespace infllm::model {
 
@@ -56,13 +57,19 @@ class Rope {
   // Sequences longer than this take the long factors; 0: there is only one set.
   std::int32_t switch_length() const { return switch_length_; }
 
+  // What a backend needs in its memory: scales [2, D / 2], short and long, then frequencies
+  // [D / 2].
+  std::span<const float> numbers() const { return numbers_; }
+  // The parameters of a step's tables over a copy of numbers(); the arrays of the step are missing.
+  RopeTableParams tables(const float* numbers) const;
+
   // One row of the tables: cos[D / 2] and sin[D / 2] of the token at `position` of a sequence of
   // `length` tokens (see ForwardParams::lengths).
   void row(std::int32_t position, std::int32_t length, float* cos, float* sin) const;
 
  private:
-  std::vector<float> inverse_;                   // theta^(-2i/D), stretched by the type's rule
-  std::vector<float> short_scale_, long_scale_;  // 1 / factor_i
+  // 1 / factor_i twice, then theta^(-2i/D), stretched by the type's rule.
+  std::vector<float> numbers_;
   std::int32_t switch_length_ = 0;
   float attention_factor_ = 1;
 };

@@ -7,6 +7,7 @@
 #include <unordered_set>
 
 #include "infllm/model/printable.h"
+#include "infllm/ops/kernels.h"
 
 namespace infllm::model {
 namespace {
@@ -103,7 +104,7 @@ class Loader {
       const Wanted& table = wanted.embedding;  // read twice: as a table and as the head
       total_ += elements(table) * size_of(INFLLM_TRY(source_.check(table.name, table.shape)));
     }
-    format_ = options_.format.value_or(is_wide ? WeightFormat::kF32 : WeightFormat::kBF16);
+    format_ = options_.format.value_or(default_format(backend_, is_wide));
     return {};
   }
 
@@ -162,6 +163,16 @@ class Loader {
 
 }  // namespace
 
+WeightFormat default_format(const Backend& backend, bool is_wide) {
+  return is_wide && size_of(backend.kernels->activation) > 2 ? WeightFormat::kF32
+                                                             : WeightFormat::kBF16;
+}
+
+DType default_kv_dtype(const Backend& backend, WeightFormat format) {
+  const DType activation = backend.kernels->activation;
+  return format == WeightFormat::kF32 || size_of(activation) == 2 ? activation : DType::kBF16;
+}
+
 std::int64_t Weights::decode_bytes() const {
   std::int64_t bytes = head.bytes() + static_cast<std::int64_t>(final_norm.bytes());
   for (const LayerWeights& layer : layers) {
@@ -182,7 +193,7 @@ Result<Weights> load_weights(const Backend& backend, const ModelConfig& config,
   weights.format = loader.format();
   const WeightTensor table = INFLLM_TRY(loader.fetch(wanted.embedding));
   weights.embedding = INFLLM_TRY(upload_table(backend, table.view));
-  weights.embedding_owner = table.owner;
+  if (weights.embedding.storage.data() == nullptr) weights.embedding_owner = table.owner;
   loader.count(table.view);
   for (const WantedLayer& layer : wanted.layers) {
     weights.layers.push_back(INFLLM_TRY(loader.layer(layer)));

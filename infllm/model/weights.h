@@ -45,14 +45,20 @@ struct Weights {
 };
 
 struct LoadOptions {
-  // Null: the checkpoint's own, f32 for float32 (and float64) files, bf16 for the 16-bit ones.
-  std::optional<WeightFormat> format;
+  std::optional<WeightFormat> format;  // null: default_format()
   std::int32_t int8_group_size = 0;  // of kI8: inputs that share a scale; 0: the whole row
   // Called after every tensor, from the calling thread; counts bytes of the source.
   std::function<void(std::int64_t done, std::int64_t total)> on_progress;
   // Asked between tensors; true ends the load with kCancelled.
   std::function<bool()> cancelled;
 };
+
+// The checkpoint's own: f32 for float32 (and float64) files where the backend computes in as much,
+// bf16 otherwise.
+WeightFormat default_format(const Backend& backend, bool is_wide);
+// What a cache is kept in unless told otherwise: the backend's activation type for float32 weights,
+// which loses nothing, and where activations have 16 bits themselves; bf16 otherwise.
+DType default_kv_dtype(const Backend& backend, WeightFormat format);
 
 Result<Weights> load_weights(const Backend& backend, const ModelConfig& config,
                              const WeightSource& source, const LoadOptions& options = {});

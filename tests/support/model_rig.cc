@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -21,7 +20,11 @@
 namespace infllm::testing {
 namespace {
 
-constexpr int kPoison = 0xff;  // a NaN in every floating-point type
+// A NaN in every floating-point type.
+void poison(const Backend& backend, const Buffer& buffer) {
+  const std::vector<std::byte> nan(buffer.bytes(), std::byte{0xff});
+  must(copy_in(backend, buffer.data(), nan.data(), nan.size()));
+}
 
 }  // namespace
 
@@ -33,7 +36,7 @@ ModelRig::ModelRig(model::Model model, std::int32_t sequences, std::int32_t max_
   const auto bytes = static_cast<std::size_t>(page_bytes * blocks_ * sequences);
   for (std::int32_t i = 0; i < model_.config().layers; ++i) {
     memory_.push_back(allocate(model_.backend(), bytes).value());
-    std::memset(memory_.back().data(), kPoison, bytes);
+    poison(model_.backend(), memory_.back());
     pages_.push_back({memory_.back().data(), layout, page_bytes, blocks_ * sequences});
   }
   for (std::int32_t sequence = 0; sequence < sequences; ++sequence) {
@@ -88,6 +91,8 @@ std::vector<Row> ModelRig::step(const std::vector<Chunk>& chunks) {
   const Buffer table_memory = upload(table.data(), bytes_of(table));
   const Buffer sparse_memory = upload(sparse.data(), bytes_of(sparse));
   const Buffer ids_memory = upload(ids.data(), bytes_of(ids));
+  const Buffer positions_memory = upload(positions.data(), bytes_of(positions));
+  const Buffer deciding_memory = upload(lengths.data(), bytes_of(lengths));
   const Buffer rows_memory = upload(rows.data(), bytes_of(rows));
   batch.query_start = starts_memory.as<std::int32_t>();
   batch.kv_length = lengths_memory.as<std::int32_t>();
@@ -97,12 +102,12 @@ std::vector<Row> ModelRig::step(const std::vector<Chunk>& chunks) {
   // Exactly what the step asks for, so that a step that asks for too little is found out.
   const std::size_t needed = model_.workspace_bytes(batch, batch.num_tokens);
   EXPECT_LE(needed, workspace_.bytes()) << "a step within the limits needs more than they said";
-  std::memset(workspace_.data(), kPoison, workspace_.bytes());
+  poison(model_.backend(), workspace_);
   const Buffer logits = allocate(model_.backend(), model_.logits_bytes(batch.num_tokens)).value();
   must(model_.forward({.batch = batch,
                        .token_ids = ids_memory.as<std::int32_t>(),
-                       .positions = positions.data(),
-                       .lengths = lengths.data(),
+                       .positions = positions_memory.as<std::int32_t>(),
+                       .lengths = deciding_memory.as<std::int32_t>(),
                        .pages = pages_,
                        .logit_rows = rows_memory.as<std::int32_t>(),
                        .num_logits = batch.num_tokens,

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "infllm/engine/runner.h"
+
+#include <algorithm>
+
+#include "infllm/ops/kernels.h"
+#include "infllm/ops/transformer.h"
+
+namespace infllm::engine {
+namespace {
+
+bool has_best(const Backend& backend) { return backend.kernels->top_logits.run != nullptr; }
+
+std::size_t best_bytes(const Backend& backend, std::int32_t rows) {
+  return has_best(backend) ? static_cast<std::size_t>(rows) * sizeof(TopLogits) : 0;
+}
+
+}  // namespace
+
+std::int64_t Runner::logits_bytes(const model::Model& model, std::int32_t rows) {
+  return static_cast<std::int64_t>(model.logits_bytes(rows) + best_bytes(model.backend(), rows));
+}
+
+Result<Runner> Runner::create(const model::Model& model, const KvPool& pool,
+                              const model::StepLimits& limits) {
+  const Backend& backend = model.backend();
+  Runner runner(model);
+  for (std::int32_t i = 0; i < model.config().layers; ++i) runner.layers_.push_back(pool.layer(i));
+  runner.workspace_ = INFLLM_TRY(allocate(backend, model.workspace_bytes(limits)));
+  runner.logits_ = INFLLM_TRY(allocate(backend, model.logits_bytes(limits.max_logits)));
+  if (has_best(backend)) {
+    runner.best_ = INFLLM_TRY(allocate(backend, best_bytes(backend, limits.max_logits)));
+  }
+  runner.host_logits_.resize(static_cast<std::size_t>(model.config().vocab_size));
+  return runner;
+}
+
+Status Runner::start(const Plan& plan, model::ForwardTimes* times) {
+  INFLLM_TRY(model_->forward({.batch = plan.batch(),
+                              .token_ids = plan.token_ids(),
+                              .positions = plan.positions(),
+                              .lengths = plan.lengths(),
+                              .pages = layers_,
+                              .logit_rows = plan.logit_rows(),
+                              .num_logits = plan.num_logits(),
+                              .logits = logits_.data(),
+                              .workspace = {workspace_.data(), workspace_.bytes()},
+                              .times = times}));
+  if (best_.data() == nullptr) return {};
+  return top_logits(model_->backend(), {.rows = plan.num_logits(),
+                                        .vocabulary = model_->config().vocab_size,
+                                        .logits = logits_.data(),
+                                        .temperatures = plan.temperatures(),
+                                        .out = best_.as<TopLogits>()});
+}
+
+Status Runner::run(const Plan& plan, model::ForwardTimes* times) {
+  rows_ = plan.num_logits();
+  has_host_best_ = false;
+  if (!plan.repeatable() || times != nullptr) return start(plan, times);
+  Recording& recording = recordings_[{plan.batch().num_sequences, plan.batch().any_sparse}];
+  // The first run may still choose algorithms and load code, which cannot be recorded.
+  if (!recording.has_run) {
+    recording.has_run = true;
+    return start(plan, nullptr);
+  }
+  if (recording.graph.handle == nullptr) {
+    recording.graph = INFLLM_TRY(record(model_->backend(), [&] { return start(plan, nullptr); }));
+  }
+  return replay(model_->backend(), recording.graph);
+}
+
+std::int64_t Runner::recorded() const {
+  return std::ranges::count_if(
+      recordings_, [](const auto& entry) { return entry.second.graph.handle != nullptr; });
+}
+
+Result<const TopLogits*> Runner::best(std::int32_t row) {
+  INFLLM_CHECK(0 <= row && row < rows_, "a row that the step has not");
+  if (best_.data() == nullptr) return static_cast<const TopLogits*>(nullptr);
+  if (!has_host_best_) {
+    host_best_.resize(static_cast<std::size_t>(rows_));
+    INFLLM_TRY(copy_out(model_->backend(), host_best_.data(), best_.data(),
+                        host_best_.size() * sizeof(TopLogits)));
+    has_host_best_ = true;
+  }
+  return &std::as_const(host_best_)[static_cast<std::size_t>(row)];
+}
+
+Result<std::span<const float>> Runner::logits(std::int32_t row) {
+  INFLLM_CHECK(0 <= row && row < rows_, "a row that the step has not");
+  INFLLM_TRY(read_floats(model_->backend(), logits_.data() + model_->logits_bytes(row),
+                         model_->config().vocab_size, host_logits_.data()));
+  return std::span<const float>(host_logits_);
+}
+
+}  // namespace infllm::engine

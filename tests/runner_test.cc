@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Recorded steps give what steps give that run as they come: on a backend that records like a
+// device, the engine writes the same text, alone and with neighbours, while lengths grow, while a
+// sequence turns sparse, and when only the best logits are looked at.
+#include "infllm/engine/runner.h"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "infllm/backend/open.h"
+#include "infllm/engine/engine.h"
+#include "tests/support/model_rig.h"
+#include "tests/support/recorder.h"
+#include "tests/support/rig.h"
+
+namespace infllm::engine {
+namespace {
+
+constexpr std::int32_t kVocabulary = 320;
+
+Tokenizer byte_tokenizer() {
+  TokenizerSpec spec;
+  for (int i = 0; i < kVocabulary; ++i) {
+    spec.pieces.push_back(fmt::format("p{}", i));
+    spec.types.push_back(PieceType::kNormal);
+  }
+  return Tokenizer::create(std::move(spec)).value();
+}
+
+std::vector<std::int32_t> prompt_of(std::int32_t length, std::uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(length));
+  for (auto& id : ids) id = static_cast<std::int32_t>(random() % kVocabulary);
+  return ids;
+}
+
+model::Model load(const Backend& backend) {
+  return testing::load_golden(backend, "minicpm-tied",
+                              {.sparse = true,
+                               .kernel_size = 8,
+                               .kernel_stride = 4,
+                               .init_blocks = 1,
+                               .block_size = 16,
+                               .window_size = 16,
+                               .topk = 3,
+                               .dense_len = 150});
+}
+
+// Dense, sparse, and answers that cross the border; greedy and drawn in every way that the best
+// logits decide, and in some that they do not.
+std::vector<Request> requests() {
+  const SamplingParams ways[] = {{.temperature = 0},
+                                 {.temperature = 0.7f, .top_p = 0.8f, .seed = 1},
+                                 {.temperature = 1, .top_k = 20, .seed = 2},
+                                 {.temperature = 1, .seed = 3},
+                                 {.temperature = 1, .min_p = 0.2f, .seed = 4},
+                                 {.temperature = 1, .repetition_penalty = 1.3f, .seed = 5}};
+  std::vector<Request> list;
+  for (const std::int32_t length : {1, 40, 64, 140, 149, 220}) {
+    const std::size_t i = list.size();
+    list.push_back({.prompt = prompt_of(length, static_cast<std::uint32_t>(length)),
+                    .sampling = ways[i],
+                    .max_tokens = static_cast<std::int32_t>(12 + 5 * i)});
+  }
+  return list;
+}
+
+std::vector<std::vector<std::int32_t>> answers(const model::Model& model,
+                                               const EngineOptions& options) {
+  const Tokenizer tokenizer = byte_tokenizer();
+  const auto engine = Engine::create(model, tokenizer, options).value();
+  std::vector<Request> list = requests();
+  std::vector<std::vector<std::int32_t>> tokens(list.size());
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    list[i].on_done = [&tokens, i](const Completion& done) { tokens[i] = done.tokens; };
+    EXPECT_TRUE(engine->submit(std::move(list[i])).ok());
+  }
+  while (!engine->idle()) {
+    const Status status = engine->step();
+    EXPECT_TRUE(status.ok()) << status.message();
+    if (!status.ok()) break;
+  }
+  return tokens;
+}
+
+TEST(Runner, RecordedStepsGiveTheSameText) {
+  const model::Model plain = load(open_backend("reference", {.threads = 2}).value());
+  for (const std::int32_t sequences : {1, 3}) {
+    const EngineOptions options{.context = 300, .max_sequences = sequences, .chunk_tokens = 48};
+    const auto expected = answers(plain, options);
+    testing::Recorder recorder;
+    const model::Model model = load(recorder.backend());
+    EXPECT_EQ(answers(model, options), expected) << sequences << " at a time";
+    // Dense and sparse of each number of sequences, at most.
+    EXPECT_GE(recorder.recorded(), 2);
+    EXPECT_LE(recorder.recorded(), 2 * sequences);
+    EXPECT_GT(recorder.replays(), 40);
+    EXPECT_GT(recorder.rows_ranked(), 100);
+  }
+}
+
+// What the engine does step by step: the second repeatable step is recorded, asking for times runs
+// unrecorded, and both leave the same logits.
+TEST(Runner, LogitsOfAReplayAreThoseOfARun) {
+  testing::Recorder recorder;
+  const model::Model model = load(recorder.backend());
+  KvPool pool =
+      KvPool::create(model.backend(), model.kv_layout(), model.config().layers, 20).value();
+  Plan plan =
+      Plan::create(model.backend(),
+                   {.max_tokens = 64, .max_sequences = 1, .max_pages = 20, .max_kv_length = 310})
+          .value();
+  Runner runner = Runner::create(model, pool, {.max_tokens = 64, .max_kv_length = 310}).value();
+  const ModeRule rule{.sparse = model.config().sparse};
+  Sequence sequence;
+  sequence.restart(prompt_of(160, 1), rule, pool);
+  ASSERT_TRUE(pool.extend(sequence.pages, 300));
+  const auto advance = [&](std::int32_t tokens, model::ForwardTimes* times) {
+    const Work work{&sequence, tokens, 1.0f};
+    testing::must(plan.build({&work, 1}, rule, pool));
+    testing::must(runner.run(plan, times));
+  };
+  for (const std::int32_t tokens : {64, 64, 32}) {
+    advance(tokens, nullptr);
+    sequence.advance(tokens, plan.modes()[0]);
+  }
+  EXPECT_FALSE(plan.repeatable());
+  for (int step = 0; step < 40; ++step) {
+    sequence.tokens.push_back(step * 7 % kVocabulary);
+    advance(1, nullptr);
+    EXPECT_TRUE(plan.repeatable());
+    EXPECT_EQ(recorder.replays(), step);  // the first one runs as it is
+    EXPECT_EQ(runner.recorded(), step == 0 ? 0 : 1);
+    const std::span<const float> row = runner.logits(0).value();
+    const std::vector<float> replayed(row.begin(), row.end());
+    const TopLogits best = *runner.best(0).value();
+    model::ForwardTimes times;
+    advance(1, &times);
+    EXPECT_EQ(recorder.replays(), step);
+    EXPECT_GT(times.mlp, 0);
+    const std::span<const float> run = runner.logits(0).value();
+    ASSERT_TRUE(std::ranges::equal(run, replayed)) << "step " << step;
+    ASSERT_EQ(best.count, TopLogits::kMost);
+    EXPECT_EQ(best.logit[0], *std::ranges::max_element(run));
+    EXPECT_EQ(best.logit[0], run[static_cast<std::size_t>(best.token[0])]);
+    sequence.advance(1, plan.modes()[0]);
+  }
+}
+
+}  // namespace
+}  // namespace infllm::engine
