@@ -4,7 +4,7 @@
 //
 //   BenchRunner runner = INFLLM_TRY(BenchRunner::create(model, {.context = 4096, ...}));
 //   INFLLM_TRY(runner.start(1024, 512));                     // 1024 tokens in the cache
-//   BenchRun run = INFLLM_TRY(runner.prefill());             // the next 512, as one prompt
+//   BenchRun run = INFLLM_TRY(runner.prefill(false));        // the next 512, as one prompt
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@
 
 #include "infllm/engine/kv_pool.h"
 #include "infllm/engine/plan.h"
+#include "infllm/engine/runner.h"
 #include "infllm/engine/sequence.h"
 #include "infllm/engine/timings.h"
 #include "infllm/model/model.h"
@@ -29,7 +30,7 @@ class BenchRunner {
  public:
   struct Options {
     std::int32_t context = 0;
-    std::int32_t chunk_tokens = 512;
+    std::int32_t chunk_tokens = 0;  // 0: engine::default_chunk_tokens()
     bool dense = false;
     std::int64_t memory_limit = 0;
   };
@@ -38,23 +39,23 @@ class BenchRunner {
   // Brings the cache to `depth` tokens, as the beginning of a prompt of depth + `prompt` tokens.
   Status start(std::int32_t depth, std::int32_t prompt);
   // The rest of that prompt.
-  Result<BenchRun> prefill();
-  // `count` tokens one by one.
-  Result<BenchRun> decode(std::int32_t count);
+  Result<BenchRun> prefill(bool by_parts);
+  // `count` tokens one by one, up to the numbers that a sampler needs.
+  Result<BenchRun> decode(std::int32_t count, bool by_parts);
+  // `by_parts`: fill BenchRun::times. A device waits for each part then, and replays nothing.
 
  private:
   BenchRunner(const model::Model& model, const Options& options, engine::KvPool pool,
-              engine::Plan plan);
-  Status advance(std::int32_t tokens, BenchRun& run);
+              engine::Plan plan, engine::Runner runner);
+  Status advance(std::int32_t tokens, bool by_parts, BenchRun& run);
   std::int32_t made_up_token(std::int32_t position) const;
 
   const model::Model* model_;
   Options options_;
   engine::KvPool pool_;
   engine::Plan plan_;
+  engine::Runner runner_;
   engine::ModeRule rule_;
-  std::vector<KvPages> layers_;
-  Buffer workspace_, logits_;
   engine::Sequence sequence_;
 };
 

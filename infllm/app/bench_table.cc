@@ -23,14 +23,14 @@ const BenchRow* find(const std::vector<BenchRow>& rows, const BenchTest& test,
 }
 
 double milliseconds_per_token(double seconds, const BenchRow& row) {
-  return seconds * 1e3 / row.runs / row.test.tokens();
+  return seconds * 1e3 / row.timed_runs / row.test.tokens();
 }
 
 nlohmann::json row_json(const Session& session, const BenchRow& row) {
   return {{"model", session.name},
           {"dtype", session.dtype},
           {"device", session.backend.name},
-          {"threads", session.backend.pool ? session.backend.pool->size() : 1},
+          {"threads", session.threads()},
           {"test", row.test.name()},
           {"n_prompt", row.test.prompt},
           {"n_gen", row.test.generated},
@@ -46,6 +46,7 @@ nlohmann::json row_json(const Session& session, const BenchRow& row) {
           {"ms_high", row.milliseconds.high},
           {"weight_gbps", row.weight_gbps},
           {"cache_gbps", row.cache_gbps},
+          {"timed_runs", row.timed_runs},
           {"steps_all_runs", times_json(row.times)}};
 }
 
@@ -73,12 +74,12 @@ std::string speed_table(const Session& session, const std::vector<BenchRow>& row
     const auto gbps = [&](double value) {
       return row.test.generated > 0 ? fmt::format("{:.2f}", value) : "";
     };
-    text += fmt::format(
-        "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {:.1f}% | {} | {} |\n", session.name,
-        session.dtype, bytes_text(static_cast<double>(session.model->weights().bytes())),
-        session.backend.name, session.backend.pool ? session.backend.pool->size() : 1,
-        row.test.name(), rate_text(dense), rate_text(sparse), ratio, 100 * last.visible_share,
-        gbps(last.weight_gbps), gbps(last.cache_gbps));
+    text += fmt::format("| {} | {} | {} | {} | {} | {} | {} | {} | {} | {:.1f}% | {} | {} |\n",
+                        session.name, session.dtype,
+                        bytes_text(static_cast<double>(session.model->weights().bytes())),
+                        session.backend.name, session.threads(), row.test.name(), rate_text(dense),
+                        rate_text(sparse), ratio, 100 * last.visible_share, gbps(last.weight_gbps),
+                        gbps(last.cache_gbps));
   }
   return text;
 }
@@ -110,12 +111,11 @@ std::string csv(const Session& session, const std::vector<BenchRow>& rows) {
     text += fmt::format(
         "{},{},{},{},{},{},{},{},{},{:.6f},{},{:.4f},{:.4f},{:.4f},{:.4f},{:.4f},{:.4f},{:.4f},"
         "{:.4f},{:.4f}\n",
-        session.name, session.dtype, session.backend.name,
-        session.backend.pool ? session.backend.pool->size() : 1, row.test.name(), row.test.prompt,
-        row.test.generated, row.test.depth, row.attention, row.visible_share, row.runs,
-        row.rate.mean, row.rate.deviation, row.milliseconds.median, row.weight_gbps, row.cache_gbps,
-        t.compress * 1e3 / row.runs, t.score * 1e3 / row.runs, t.select * 1e3 / row.runs,
-        t.attend * 1e3 / row.runs);
+        session.name, session.dtype, session.backend.name, session.threads(), row.test.name(),
+        row.test.prompt, row.test.generated, row.test.depth, row.attention, row.visible_share,
+        row.runs, row.rate.mean, row.rate.deviation, row.milliseconds.median, row.weight_gbps,
+        row.cache_gbps, t.compress * 1e3 / row.timed_runs, t.score * 1e3 / row.timed_runs,
+        t.select * 1e3 / row.timed_runs, t.attend * 1e3 / row.timed_runs);
   }
   return text;
 }
@@ -147,23 +147,19 @@ std::vector<nlohmann::json> bench_records(const Session& session,
   for (const BenchRow& row : rows) {
     const bool is_prefill = row.test.generated == 0;
     nlohmann::json record = record_header(session, is_prefill ? "model.prefill" : "model.decode");
-    record["shape"] = {{"model", session.name},
-                       {"weights", session.dtype},
-                       {"attention", row.attention},
-                       {"batch", 1},
-                       {"heads_q", config.heads},
-                       {"heads_kv", config.kv_heads},
-                       {"head_dim", config.head_dim},
-                       {"tokens", row.test.tokens()},
-                       {"depth", row.test.depth},
-                       {"threads", session.backend.pool ? session.backend.pool->size() : 1}};
+    record["shape"] = {{"model", session.name},       {"weights", session.dtype},
+                       {"attention", row.attention},  {"batch", 1},
+                       {"heads_q", config.heads},     {"heads_kv", config.kv_heads},
+                       {"head_dim", config.head_dim}, {"tokens", row.test.tokens()},
+                       {"depth", row.test.depth}};
+    if (!session.is_device()) record["shape"]["threads"] = session.threads();
     record["input"] = "random";
     record["ms"] = row.milliseconds.median;
     record["ms_low"] = row.milliseconds.low;
     record["ms_high"] = row.milliseconds.high;
     record["visible_share"] = row.visible_share;
     record["steps_ms"] = times_json(row.times);
-    for (auto& step : record["steps_ms"]) step = step.get<double>() / row.runs;
+    for (auto& step : record["steps_ms"]) step = step.get<double>() / row.timed_runs;
     if (!is_prefill) record["gbps"] = row.weight_gbps + row.cache_gbps;
     const BenchRow* dense = find(rows, row.test, "dense");
     if (row.attention == "sparse" && dense != nullptr) {

@@ -31,7 +31,8 @@ struct BenchRow {
   Summary milliseconds;    // of one run
   double weight_gbps = 0;  // read by decoding, 10^9 bytes per second
   double cache_gbps = 0;
-  model::ForwardTimes times;  // of all runs together
+  model::ForwardTimes times;  // of timed_runs together
+  std::int32_t timed_runs = 0;
 };
 
 // `format` is md, csv, json or jsonl.

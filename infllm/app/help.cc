@@ -8,7 +8,7 @@ namespace infllm::app {
 namespace {
 
 constexpr char kOverview[] =
-    R"(infllm: long documents on a CPU, with attention that is dense on short inputs and sparse on long ones
+    R"(infllm: long documents on a CPU or a GPU, with attention that is dense on short inputs and sparse on long ones
 
   infllm run MODEL "Why is the sky blue?"                      one answer
   infllm run MODEL --document book.txt --question "Who ...?"   a question about a document
@@ -28,12 +28,12 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 constexpr char kModelHelp[] = R"(
 Model and device
   -m, --model DIR          the checkpoint folder, when it is not the first argument
-  --device NAME            auto, cpu, cpu:avx2, ..., reference (default auto)
+  --device NAME            auto, cuda, cuda:1, cpu, cpu:avx2, ..., reference (default auto)
   -t, --threads N          0: one per hardware thread (default)
   --dtype TYPE             weights: auto, float32, bfloat16, int8, int8:GROUP
   --kv-dtype TYPE          cache: auto, float32, bfloat16
   -c, --ctx-size N         tokens of prompt and answer together (default: the model's)
-  --chunk-size N           prompt tokens computed at once (default 512)
+  --chunk-size N           prompt tokens computed at once (default 512, on a GPU 8192)
   -v, --verbose            print the values in effect
 Sparse attention (also --sparse-switch, --sparse-topk-k, --sink-window-size, --use-compress-lse)
   --sparse auto|on|off     as the checkpoint says, also without its consent, never

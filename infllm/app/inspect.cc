@@ -72,15 +72,14 @@ Result<Findings> find(const Options& options) {
     f.source = "generated weights";
   }
   const model::LoadOptions load = INFLLM_TRY(parse_dtype(options.model.dtype));
-  f.format =
-      load.format.value_or(size_of(f.config.dtype) > 2 ? WeightFormat::kF32 : WeightFormat::kBF16);
+  f.format = load.format.value_or(model::default_format(f.backend, size_of(f.config.dtype) > 2));
   f.kv_dtype =
-      parse_kv_dtype(options.model.kv_dtype)
-          .value_or(f.format == WeightFormat::kF32 ? f.backend.kernels->activation : DType::kBF16);
+      parse_kv_dtype(options.model.kv_dtype).value_or(model::default_kv_dtype(f.backend, f.format));
+  INFLLM_TRY(check(f.backend, f.config.kv_layout(f.kv_dtype)));
   const std::vector<std::int32_t> lengths =
       options.lengths.empty() ? default_lengths(f.config) : options.lengths;
   for (const std::int32_t tokens : lengths) {
-    f.lengths.push_back(at_length(f, tokens, options.model.chunk_tokens));
+    f.lengths.push_back(at_length(f, tokens, chunk_tokens(f.backend, options.model)));
   }
   return f;
 }
@@ -122,6 +121,7 @@ nlohmann::json as_json(const Findings& f) {
       {"rope", {{"type", model::name_of(c.rope.type)}, {"theta", c.rope.theta}}},
       {"eos_tokens", c.eos_tokens},
       {"device", f.backend.name},
+      {"device_memory_bytes", available_memory(f.backend)},
       {"sparse_config", sparse_json(c.sparse)},
       {"attention", attention_text(c)},
   };
@@ -167,7 +167,8 @@ std::string as_text(const Findings& f) {
         f.tokenizer->bos_id(), fmt::join(f.tokenizer->eos_ids(), " "),
         f.tokenizer->chat_templates().empty() ? "no chat template" : "with chat template");
   }
-  text += fmt::format("device      {}\nattention   {}\n", f.backend.name, attention_text(c));
+  text +=
+      fmt::format("device      {}\nattention   {}\n", device_text(f.backend), attention_text(c));
   if (c.sparse) {
     const SparseConfig& s = *c.sparse;
     text += fmt::format(

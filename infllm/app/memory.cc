@@ -23,14 +23,6 @@ std::int64_t element_bytes(WeightFormat format) {
   return 0;
 }
 
-// Matrices in the weight format (a tied head is packed from the table once more) and the embedding
-// table as it is in the file.
-std::int64_t weight_bytes(const model::ModelConfig& config, WeightFormat format) {
-  const std::int64_t table = std::int64_t{config.vocab_size} * config.hidden_size;
-  const std::int64_t matrices = config.parameters() - (config.tied_embeddings ? 0 : table);
-  return matrices * element_bytes(format) + table * size_of(config.dtype);
-}
-
 std::size_t workspace_bytes(const Backend& backend, const model::ModelConfig& config,
                             const KvLayout& layout, WeightFormat format, std::int32_t tokens,
                             std::int32_t step_tokens) {
@@ -58,6 +50,12 @@ std::size_t workspace_bytes(const Backend& backend, const model::ModelConfig& co
 }
 
 }  // namespace
+
+std::int64_t weight_bytes(const model::ModelConfig& config, WeightFormat format) {
+  const std::int64_t table = std::int64_t{config.vocab_size} * config.hidden_size;
+  const std::int64_t matrices = config.parameters() - (config.tied_embeddings ? 0 : table);
+  return matrices * element_bytes(format) + table * size_of(config.dtype);
+}
 
 MemoryNeed memory_need(const Backend& backend, const model::ModelConfig& config,
                        WeightFormat format, DType kv_dtype, std::int32_t tokens,

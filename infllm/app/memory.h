@@ -20,6 +20,10 @@ struct MemoryNeed {
   std::int64_t total() const { return weights + keys_values + pooled_keys + workspace; }
 };
 
+// Matrices in the weight format (a tied head is packed from the table once more) and the embedding
+// table as it is in the file.
+std::int64_t weight_bytes(const model::ModelConfig& config, WeightFormat format);
+
 // Of one sequence of `tokens` tokens with weights in `format`, prefilled `chunk_tokens` at a time.
 MemoryNeed memory_need(const Backend& backend, const model::ModelConfig& config,
                        WeightFormat format, DType kv_dtype, std::int32_t tokens,

@@ -35,7 +35,7 @@ struct ModelOptions {
   std::string dtype = "auto";     // auto, float32, bfloat16, int8, int8:GROUP
   std::string kv_dtype = "auto";  // auto, float32, bfloat16
   std::int32_t context = 0;       // 0: what the model was made for
-  std::int32_t chunk_tokens = 512;
+  std::int32_t chunk_tokens = 0;  // 0: 512 on a host, 8192 on a device
   SparseOptions sparse;
   bool verbose = false;
 };

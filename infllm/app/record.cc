@@ -58,16 +58,31 @@ std::string processor() {
   return "unknown processor";
 }
 
+// "580.159.04": the first word with dots of the kernel module's line; empty where there is none.
+std::string driver() {
+  std::istringstream words(first_line("/proc/driver/nvidia/version"));
+  for (std::string word; words >> word;) {
+    const bool is_version = word.find_first_not_of("0123456789.") == std::string::npos;
+    if (is_version && std::ranges::count(word, '.') > 0) return word;
+  }
+  return "";
+}
+
 }  // namespace
 
 nlohmann::json record_header(const Session& session, const std::string& name) {
-  return {
+  const Result<DeviceInfo> info = device_info(session.backend);
+  nlohmann::json header = {
       {"name", name},
       {"backend", session.backend.name},
-      {"device", processor()},
+      {"device", info.ok() && !info->name.empty() ? info->name : processor()},
       {"commit", commit()},
       {"date", fmt::format("{:%Y-%m-%d}", fmt::gmtime(std::time(nullptr)))},
   };
+  if (const std::string version = driver(); session.is_device() && !version.empty()) {
+    header["driver"] = version;
+  }
+  return header;
 }
 
 Status append_records(const std::string& path, const std::vector<nlohmann::json>& records) {

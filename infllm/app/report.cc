@@ -47,8 +47,8 @@ void print_timings(const Session& session, const engine::Completion& completion)
   }
   fmt::print(stderr, "{:>20} = {:.1f}% of the prompt's keys, {:.1f}% of the answer's\n", "attended",
              100 * t.prompt_visible.share(), 100 * t.eval_visible.share());
-  print_steps("prompt steps", t.prompt_times);
-  if (t.eval_tokens() > 0) print_steps("answer steps", t.eval_times);
+  if (t.prompt_times.total() > 0) print_steps("prompt steps", t.prompt_times);
+  if (t.eval_times.total() > 0) print_steps("answer steps", t.eval_times);
   fmt::print(stderr, "{:>20} = {}\n", "peak memory",
              bytes_text(static_cast<double>(peak_memory())));
 }
@@ -79,7 +79,7 @@ nlohmann::json completion_json(const Session& session, const engine::Completion&
       {"model", session.name},
       {"dtype", session.dtype},
       {"device", session.backend.name},
-      {"threads", session.backend.pool ? session.backend.pool->size() : 1},
+      {"threads", session.threads()},
       {"attention",
        {{"kind", t.prompt_visible.share() < 1 || t.eval_visible.share() < 1 ? "sparse" : "dense"},
         {"prompt_visible_share", t.prompt_visible.share()},

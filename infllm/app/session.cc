@@ -11,10 +11,12 @@
 #include <filesystem>
 #include <fstream>
 
+#include "infllm/app/memory.h"
 #include "infllm/app/progress.h"
 #include "infllm/app/signals.h"
 #include "infllm/backend/open.h"
 #include "infllm/model/checkpoint.h"
+#include "infllm/ops/kernels.h"
 
 namespace infllm::app {
 namespace {
@@ -56,6 +58,21 @@ std::string dtype_text(const model::Model& model, std::int32_t group_size) {
       return group_size > 0 ? fmt::format("int8:{}", group_size) : "int8";
   }
   return "?";
+}
+
+// Before hours of loading, or minutes of generating.
+Status check_room(const Backend& backend, const model::ModelConfig& config,
+                  const model::LoadOptions& load) {
+  const std::int64_t available = is_device(backend) ? available_memory(backend) : 0;
+  if (available == 0) return {};
+  const bool is_wide = size_of(config.dtype) > 2;
+  const std::int64_t needed =
+      weight_bytes(config, load.format.value_or(model::default_format(backend, is_wide)));
+  if (needed <= available) return {};
+  return resource_exhausted(
+      fmt::format("the weights need {}, but {} has {} free; choose another --device",
+                  bytes_text(static_cast<double>(needed)), backend.name,
+                  bytes_text(static_cast<double>(available))));
 }
 
 std::string folder_name(const std::string& path) {
@@ -111,6 +128,7 @@ Result<std::unique_ptr<Session>> open_session(const ModelOptions& options,
   const model::ModelConfig config = INFLLM_TRY(open_config(options, synthetic));
   auto session = std::make_unique<Session>();
   session->backend = INFLLM_TRY(open_backend(options.device, {.threads = options.threads}));
+  INFLLM_TRY(check_room(session->backend, config, load));
   session->name = synthetic.empty() ? folder_name(options.path) : synthetic;
   std::unique_ptr<model::WeightSource> source;
   if (synthetic.empty()) {
@@ -140,10 +158,10 @@ Result<std::unique_ptr<engine::Engine>> open_engine(const Session& session,
   const std::int32_t limit = options.context > 0 ? options.context : session.config().max_positions;
   return engine::Engine::create(*session.model, *session.tokenizer,
                                 {.context = context > 0 ? std::min(context, limit) : limit,
-                                 .chunk_tokens = options.chunk_tokens,
+                                 .chunk_tokens = chunk_tokens(session.backend, options),
                                  .kv_dtype = parse_kv_dtype(options.kv_dtype),
                                  .dense = dense,
-                                 .memory_limit = available_memory()});
+                                 .memory_limit = available_memory(session.backend)});
 }
 
 std::string attention_text(const model::ModelConfig& config) {
@@ -163,10 +181,10 @@ void print_effective_values(const Session& session, const ModelOptions& options)
   fmt::print(stderr, "model       {} ({}, {} layers, {:.1f} M parameters, {} weights)\n",
              session.name, model::name_of(config.architecture), config.layers,
              static_cast<double>(config.parameters()) / 1e6, session.dtype);
-  fmt::print(stderr, "device      {} ({} threads)\n", session.backend.name,
-             session.backend.pool ? session.backend.pool->size() : 1);
+  fmt::print(stderr, "device      {}\n", device_text(session.backend));
   fmt::print(stderr, "context     {} tokens, chunks of {}, cache in {}\n",
-             options.context > 0 ? options.context : config.max_positions, options.chunk_tokens,
+             options.context > 0 ? options.context : config.max_positions,
+             chunk_tokens(session.backend, options),
              name_of(parse_kv_dtype(options.kv_dtype).value_or(session.model->kv_dtype())));
   fmt::print(stderr, "attention   {}\n", attention_text(config));
   if (!config.sparse) return;
@@ -179,7 +197,25 @@ void print_effective_values(const Session& session, const ModelOptions& options)
              s.legacy_window);
 }
 
-std::int64_t available_memory() {
+bool is_device(const Backend& backend) { return backend.kernels->synchronize != nullptr; }
+
+std::string device_text(const Backend& backend) {
+  const Result<DeviceInfo> info = device_info(backend);
+  if (!info.ok() || info->total_bytes == 0) {
+    return fmt::format("{} ({} threads)", backend.name, backend.pool ? backend.pool->size() : 1);
+  }
+  return fmt::format("{} ({}, {} of {} free)", backend.name, info->name,
+                     bytes_text(static_cast<double>(info->free_bytes)),
+                     bytes_text(static_cast<double>(info->total_bytes)));
+}
+
+std::int32_t chunk_tokens(const Backend& backend, const ModelOptions& options) {
+  return options.chunk_tokens > 0 ? options.chunk_tokens : engine::default_chunk_tokens(backend);
+}
+
+std::int64_t available_memory(const Backend& backend) {
+  const Result<DeviceInfo> info = device_info(backend);
+  if (info.ok() && info->total_bytes > 0) return info->free_bytes;
   std::ifstream meminfo("/proc/meminfo");
   std::string key, unit;
   std::int64_t kilobytes = 0;

@@ -18,6 +18,9 @@
 
 namespace infllm::app {
 
+// Steps run beside the program, on a device with memory of its own.
+bool is_device(const Backend& backend);
+
 struct Session {
   Backend backend;
   std::optional<model::Model> model;
@@ -28,6 +31,8 @@ struct Session {
   double load_seconds = 0;
 
   const model::ModelConfig& config() const { return model->config(); }
+  bool is_device() const { return app::is_device(backend); }
+  int threads() const { return backend.pool && !is_device() ? backend.pool->size() : 1; }
   std::vector<std::int32_t> eos() const;  // every token that ends an answer
 };
 
@@ -50,11 +55,16 @@ Result<std::unique_ptr<engine::Engine>> open_engine(const Session& session,
 
 // "sparse from 8192 tokens on: 96 blocks of 64 (1 first, 33 last, 62 chosen)" or why not.
 std::string attention_text(const model::ModelConfig& config);
+// "cpu:avx2 (8 threads)", "cuda:0:sm90 (NVIDIA H200, 138.2 GiB of 139.8 GiB free)".
+std::string device_text(const Backend& backend);
 // The values in effect, on stderr, with --verbose.
 void print_effective_values(const Session& session, const ModelOptions& options);
 
-// Bytes that the machine can still give; 0 when it does not say.
-std::int64_t available_memory();
+// Prompt tokens of a step: the option, or the device's default.
+std::int32_t chunk_tokens(const Backend& backend, const ModelOptions& options);
+
+// Bytes that the device, or the machine, can still give; 0 when it does not say.
+std::int64_t available_memory(const Backend& backend);
 std::int64_t peak_memory();
 
 }  // namespace infllm::app
