@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "bench/support/attention_data.h"
+#include "bench/support/attention_work.h"
 #include "bench/support/harness.h"
 #include "bench/support/peak.h"
 #include "infllm/backend/open.h"
@@ -47,28 +48,6 @@ struct Bench {
   DType dtype = DType::kBF16;
   double peak = 0;       // operations per second
   double bandwidth = 0;  // bytes per second
-};
-
-// Floating-point operations of one step's tokens, by the cost model of the paper's algorithm: every
-// visible pooled key is scored, every visible selected key is attended to.
-struct Work {
-  double dense = 0;
-  double select = 0;
-  double attend = 0;
-
-  void add(const Bench& b, std::int64_t first, std::int64_t last) {
-    const double per_key = 2.0 * b.shape.head_dim * b.shape.heads_q;
-    for (std::int64_t p = first; p < last; ++p) {
-      const std::int64_t budget =
-          b.config.selects_all_at(p)
-              ? p + 1
-              : (b.config.budget_blocks() - 1) * b.config.block_size + p % b.config.block_size + 1;
-      dense += 2 * per_key * static_cast<double>(p + 1);
-      attend += 2 * per_key * static_cast<double>(budget);
-      select += per_key *
-                static_cast<double>(b.config.fine_windows(p + 1) + b.config.coarse_windows(p + 1));
-    }
-  }
 };
 
 struct Row {
@@ -142,7 +121,7 @@ Status run_prefill(const Bench& b) {
   std::vector<float> out(q.size());
   std::vector<std::byte> workspace;
   Queries queries(b.shape, correlation, 3);
-  Work work;
+  AttentionWork work;
   Timing dense;
   Timing sparse;
   StepTimes steps;
@@ -151,7 +130,7 @@ Status run_prefill(const Bench& b) {
     const std::int64_t first = chunk * o.chunk;
     const std::int64_t count = std::min(o.chunk, o.tokens - first);
     queries.fill(std::span(q).first(static_cast<std::size_t>(count * row)));
-    const Batch batch = layer.step(first + count, count, true);
+    const Batch batch = INFLLM_TRY(layer.step(first + count, count, true));
     AttentionParams p{.pages = layer.pages(),
                       .batch = batch,
                       .config = b.config,
@@ -181,7 +160,7 @@ Status run_prefill(const Bench& b) {
     }
     sparse += summarise(sparse_seconds);
     dense += summarise(dense_seconds);
-    work.add(b, first, first + count);
+    work.add(b.shape, b.config, first, first + count);
     std::fprintf(stderr, "\r%lld of %lld tokens", static_cast<long long>(first + count),
                  static_cast<long long>(o.tokens));
   }
@@ -233,7 +212,10 @@ Status run_decode(const Bench& b) {
   Status status;
   const auto run = [&](bool sparse) {
     for (Layer& layer : layers) {
-      const Batch& batch = layer.step(o.tokens, 1, sparse);
+      const Result<Batch> step = layer.step(o.tokens, 1, sparse);
+      if (!step.ok()) status = step.status();
+      if (!status.ok()) return;
+      const Batch& batch = *step;
       const AttentionParams p{.pages = layer.pages(),
                               .batch = batch,
                               .config = b.config,
@@ -243,7 +225,7 @@ Status run_decode(const Bench& b) {
                               .o = out.data(),
                               .times = sparse ? &steps : nullptr};
       workspace.resize(std::max(workspace.size(), attention_workspace_bytes(b.backend, p)));
-      if (status.ok()) status = attention(b.backend, p, workspace);
+      status = attention(b.backend, p, workspace);
     }
   };
   const Repeat repeat{.warmup = 2, .repetitions = std::max(9, o.repetitions)};

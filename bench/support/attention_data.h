@@ -16,6 +16,7 @@
 
 #include "infllm/ops/attention.h"
 #include "infllm/ops/backend.h"
+#include "infllm/ops/score_select.h"
 
 namespace infllm::bench {
 
@@ -42,26 +43,33 @@ class Noise {
   std::uint64_t state_;
 };
 
-// One layer's cache of one sequence.
+// One layer's cache of one sequence, or of several that are alike. Everything that a step reads is
+// in the backend's memory.
 class Layer {
  public:
   static Result<Layer> create(const Backend& backend, const AttentionShape& shape,
                               const SparseConfig& config, DType dtype, std::int64_t tokens,
-                              std::uint64_t seed);
+                              std::uint64_t seed, std::int32_t sequences = 1);
 
-  // A step in which the last `count` of `length` tokens are new. Valid until the next call.
-  const Batch& step(std::int64_t length, std::int64_t count, bool sparse);
+  // A step in which the last `count` of each sequence's `length` tokens are new. Valid until the
+  // next call.
+  Result<Batch> step(std::int64_t length, std::int64_t count, bool sparse);
   const KvPages& pages() const { return pages_; }
 
  private:
-  Buffer buffer_;
+  Result<Batch> step_of(std::int32_t first, std::int32_t sequences, std::int64_t length,
+                        std::int64_t count, bool sparse);
+
+  Backend backend_;
+  Buffer buffer_, plan_, page_table_;
   KvPages pages_;
-  std::vector<std::int32_t> page_table_;
-  std::int32_t query_start_[2] = {0, 0};
-  std::int32_t kv_length_ = 0;
-  std::uint8_t sparse_ = 0;
-  Batch batch_;
+  std::int32_t sequences_ = 1;
+  std::int32_t blocks_ = 0;  // of a sequence
 };
+
+// Host floats as an array of the backend's activation type, or into a place of one.
+Result<Buffer> upload(const Backend& backend, std::span<const float> values);
+Status upload_to(const Backend& backend, void* to, std::span<const float> values);
 
 // Queries of neighbouring tokens, one chunk after the other.
 class Queries {
@@ -76,11 +84,40 @@ class Queries {
   std::vector<float> last_;
 };
 
+// Queries [tokens, Hq, D] in the backend's memory. Beyond 64K tokens they repeat: as many more
+// would take longer to make than to measure.
+Result<Buffer> many_queries(const Backend& backend, const AttentionShape& shape, double correlation,
+                            std::int64_t tokens, std::uint64_t seed);
+
+// Steps 2 and 3 with the memory that they need: fused where the column has that, else one after the
+// other.
+class Chooser {
+ public:
+  static Result<Chooser> create(const Backend& backend, const AttentionShape& shape,
+                                const SparseConfig& config, const KvPages& pages,
+                                const Batch& batch);
+
+  Status run(const Backend& backend, const void* q);
+  const std::int32_t* selection() const { return params_.select.selection; }  // [Hkv, T, columns]
+  std::int32_t columns() const { return params_.select.columns(); }
+  Result<std::vector<std::int32_t>> read(const Backend& backend) const;  // the selection
+  std::int64_t workspace_bytes() const { return workspace_.bytes() + scores_.bytes(); }
+
+ private:
+  ScoreSelectParams params_;
+  bool fused_ = false;
+  Buffer selection_, scores_, workspace_;
+};
+
 // The share of freely chosen blocks that a token's selection has in common with its neighbour's,
 // over the last tokens of a layer.
 Result<double> measure_overlap(const Backend& backend, const AttentionShape& shape,
                                const SparseConfig& config, Layer& layer, std::int64_t length,
                                double correlation);
+// The same of a selection [Hkv, tokens, columns] whose tokens end at position length - 1.
+double overlap_of(const SparseConfig& config, std::span<const std::int32_t> selection,
+                  std::int32_t heads_kv, std::int64_t tokens, std::int64_t columns,
+                  std::int64_t length);
 
 // The correlation of queries that yields `overlap`.
 Result<double> correlation_for(const Backend& backend, const AttentionShape& shape,

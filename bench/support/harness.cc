@@ -43,7 +43,17 @@ std::string processor() {
   return "unknown processor";
 }
 
-double milliseconds(double seconds) { return std::round(seconds * 1e7) / 1e4; }
+// "580.159.04": the first word with dots in what the kernel module says of itself.
+std::string driver() {
+  std::ifstream version("/proc/driver/nvidia/version");
+  for (std::string word; version >> word;) {
+    const bool is_version = word.find_first_not_of("0123456789.") == std::string::npos;
+    if (is_version && word.find('.') != std::string::npos) return word;
+  }
+  return "";
+}
+
+double milliseconds(double seconds) { return std::round(seconds * 1e8) / 1e5; }
 
 }  // namespace
 
@@ -77,6 +87,16 @@ Json result_line(std::string_view name, std::string_view backend) {
           {"device", device},
           {"commit", revision},
           {"date", fmt::format("{:%Y-%m-%d}", fmt::gmtime(std::time(nullptr)))}};
+}
+
+Json result_line(std::string_view name, const Backend& backend) {
+  static const std::string version = driver();
+  Json line = result_line(name, backend.name);
+  const Result<DeviceInfo> info = device_info(backend);
+  if (!info.ok() || info->name.empty()) return line;
+  line["device"] = info->name;
+  if (!version.empty()) line["driver"] = version;
+  return line;
 }
 
 void add_timing(Json& line, const Timing& timing) {

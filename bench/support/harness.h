@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "infllm/core/status.h"
+#include "infllm/ops/backend.h"
 
 namespace infllm::bench {
 
@@ -58,6 +59,8 @@ Timing measure(const Repeat& repeat, Body&& body) {
 // name, backend, device, commit and date. The commit is that of the sources in the current
 // directory, with "+" when they differ from it.
 Json result_line(std::string_view name, std::string_view backend);
+// The same, and of a device its own name and its driver.
+Json result_line(std::string_view name, const Backend& backend);
 void add_timing(Json& line, const Timing& timing);
 // A peer that ran in the same process, and peer_ms / ms.
 void add_peer(Json& line, std::string_view peer, const Timing& timing);

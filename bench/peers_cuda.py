@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Times what else computes attention on this GPU, beside our own results.
+
+    bench/peers_cuda.py --ours ours.jsonl --output bench/results/h200.jsonl [--commit HASH]
+
+Reads the lines of device_bench, runs PyTorch's scaled_dot_product_attention with its cuDNN and
+FlashAttention-2 backends at the same shapes (causal prefill for dense.forward and
+attention.forward, one query token for the decode rows), and infllm_v2's published kernels where
+they are installed, and writes every line of ours with its peers: peer, peer_ms, ratio. Run it right
+after device_bench, on the same machine. Lines of other programs pass through unchanged.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+LONG = 200_000  # tokens from which a call takes seconds: one warm-up on fewer tokens, one run
+FLASH_LIMIT = 300_000  # FlashAttention-2 would take minutes beyond
+
+
+def milliseconds(call, repetitions):
+    """Median of event-timed calls, each of as many repeats as take some milliseconds."""
+    def timed(count):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / count
+
+    if repetitions == 1:
+        return timed(1)
+    call()
+    count = max(1, min(200, int(5 / max(timed(1), 1e-3))))
+    return statistics.median(timed(count) for _ in range(repetitions))
+
+
+def graphed(call):
+    """The call as a replayed graph, as our own decode rows are timed; the call where it cannot be."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        return call
+    return graph.replay
+
+
+def inputs(shape, queries, keys):
+    def normal(heads, tokens):
+        return torch.randn(shape["batch"], heads, tokens, shape["head_dim"], device="cuda",
+                           dtype=torch.bfloat16)
+    return (normal(shape["heads_q"], queries), normal(shape["heads_kv"], keys),
+            normal(shape["heads_kv"], keys))
+
+
+def dense_prefill(shape, backend):
+    tokens = shape["tokens"]
+
+    def call_of(count):
+        q, k, v = inputs(shape, count, count)
+        return lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    with sdpa_kernel(BACKENDS[backend]):
+        if tokens > LONG:
+            call_of(8192)()
+            return milliseconds(call_of(tokens), 1)
+        return milliseconds(call_of(tokens), 5)
+
+
+def dense_decode(shape, backend):
+    """Caches of several layers in turn, so that none of them stays in the L2 cache."""
+    bytes_of_layer = 4 * shape["batch"] * shape["heads_kv"] * shape["tokens"] * shape["head_dim"]
+    layers = [inputs(shape, 1, shape["tokens"])
+              for _ in range(max(2, min(24, 200_000_000 // bytes_of_layer + 1)))]
+
+    def call():
+        for q, k, v in layers:
+            scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    with sdpa_kernel(BACKENDS[backend]):
+        return milliseconds(graphed(call), 5) / len(layers)
+
+
+def published_prefill(shape):
+    """The published kernels: selection with stage 1, max-pool and top-k, then stage 2."""
+    from infllm_v2 import (infllmv2_attn_stage1, infllmv2_attn_varlen_func, max_pooling_1d)
+    tokens, blocks, device = shape["tokens"], shape["blocks"], "cuda"
+    def rows(heads, count):
+        return torch.randn(count, heads, shape["head_dim"], device=device, dtype=torch.bfloat16)
+    q, k, v = rows(shape["heads_q"], tokens), rows(shape["heads_kv"], tokens), rows(
+        shape["heads_kv"], tokens)
+    starts = torch.tensor([0, tokens], device=device, dtype=torch.int32)
+    pooled = k.unfold(0, 32, 16).mean(-1).contiguous()
+    coarse = k.unfold(0, 128, 64).mean(-1).contiguous()
+    pooled_starts = torch.tensor([0, pooled.shape[0]], device=device, dtype=torch.int32)
+    coarse_starts = torch.tensor([0, coarse.shape[0]], device=device, dtype=torch.int32)
+
+    def select():
+        k.unfold(0, 32, 16).mean(-1)
+        k.unfold(0, 128, 64).mean(-1)
+        scores = infllmv2_attn_stage1(
+            q, pooled, coarse, cu_seqlens_q=starts, cu_seqlens_k=pooled_starts,
+            cu_seqlens_v=coarse_starts, max_seqlen_q=tokens, max_seqlen_k=pooled.shape[0],
+            causal=True)
+        best = max_pooling_1d(scores, cache_len=0, local_blocks=33, init_blocks=1, block_size=64,
+                              stride=16)
+        return best.topk(blocks - 32, dim=-1).indices.sort(-1).values.to(torch.int32)
+
+    chosen = select()
+
+    def attend():
+        infllmv2_attn_varlen_func(
+            q, k, v, starts, starts, tokens, tokens, dropout_p=0.0, deterministic=False,
+            softmax_scale=None, causal=True, return_attn_probs=False, topk_idx=chosen,
+            block_window_size=32)
+
+    return milliseconds(select, 3), milliseconds(attend, 3)
+
+
+class Peers:
+    """Peers' times by shape, each measured once."""
+
+    def __init__(self):
+        self.known = {}
+        try:
+            import infllm_v2  # noqa: F401
+            self.has_published = True
+        except ImportError:
+            self.has_published = False
+
+    def measure(self, key, call):
+        if key not in self.known:
+            try:
+                self.known[key] = call()
+            except Exception as error:  # a peer that cannot do a shape is no reason to stop
+                print(f"{' '.join(map(str, key))}: {str(error).splitlines()[0]}", file=sys.stderr)
+                self.known[key] = None
+            torch.cuda.empty_cache()
+            print(*key, self.known[key], flush=True)
+        return self.known[key]
+
+    def of(self, line):
+        """{peer: milliseconds} for one of our lines."""
+        shape = line.get("shape", {})
+        place = tuple(shape.get(name) for name in ("batch", "heads_q", "tokens", "head_dim"))
+        kind = line["name"]
+        found = {}
+        if kind in ("dense.forward", "attention.forward", "dense.decode", "attention.decode"):
+            prefill = kind.endswith("forward")
+            for backend in BACKENDS:
+                if backend == "flash2" and prefill and shape["tokens"] > FLASH_LIMIT:
+                    continue
+                run = dense_prefill if prefill else dense_decode
+                found[backend] = self.measure(
+                    (backend, "prefill" if prefill else "decode", *place),
+                    lambda run=run, backend=backend: run(shape, backend))
+        published = ("select.forward", "attend.forward", "attention.forward")
+        if self.has_published and kind in published and shape["tokens"] <= 131072:
+            both = self.measure(("infllm_v2", *place), lambda: published_prefill(shape))
+            if both is not None:
+                found["infllm_v2"] = {"select.forward": both[0], "attend.forward": both[1],
+                                      "attention.forward": sum(both)}[kind]
+        return {peer: value for peer, value in found.items() if value is not None}
+
+
+def with_peers(line, peers):
+    """Our line once for every peer; as it is when there is none."""
+    found = peers.of(line) if "heads_q" in line.get("shape", {}) else {}
+    lines = [line] if not found or "peer" in line else []
+    for peer, value in found.items():
+        lines.append({**line, "peer": peer, "peer_ms": round(value, 5),
+                      "ratio": round(value / line["ms"], 4)})
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ours", type=pathlib.Path, required=True)
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="lines are appended")
+    parser.add_argument("--commit", help="for lines without one: no repository where they ran")
+    options = parser.parse_args()
+    peers = Peers()
+    with options.output.open("a", encoding="utf-8") as output:
+        for text in options.ours.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if options.commit and not line.get("commit"):
+                line["commit"] = options.commit
+            for merged in with_peers(line, peers):
+                output.write(json.dumps(merged) + "\n")
+                output.flush()
+
+
+if __name__ == "__main__":
+    main()
