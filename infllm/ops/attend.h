@@ -29,6 +29,9 @@ struct AttendParams {
   // sequences with batch.sparse[b] == 0 attend densely all the same.
   const std::int32_t* selection = nullptr;
   std::int32_t columns = 0;
+  // The config of score_select() if that call on the same batch wrote the selection and was the one
+  // just before this: a device may then start on the forced blocks before it has ended. Else null.
+  const SparseConfig* follows_select = nullptr;
 };
 
 Status attend(const Backend& backend, const AttendParams& params, std::span<std::byte> workspace);

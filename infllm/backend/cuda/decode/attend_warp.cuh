@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One warp's share of the attention of a row: 16 heads against slices of 16 tokens, with a running
+// soft-max. A lane holds, of rows (heads) lane / 4 and lane / 4 + 8, what mma.cuh says.
+#pragma once
+
+#include "infllm/backend/cuda/decode/kv_ring.cuh"
+
+namespace infllm::cuda::decode {
+
+inline constexpr int kRowHeads = 16;
+
+template <typename T, int kDim>
+class WarpAttention {
+ public:
+  // q: [heads][kDim]; rows from `heads` on are zero.
+  __device__ __forceinline__ void start(const T* q, int heads, float scale) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    scale_ = scale;
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int head = lane / 4 + j % 2 * 8;
+        const int column = 16 * k + j / 2 * 8 + lane % 4 * 2;
+        q_[k][j] =
+            head < heads ? *reinterpret_cast<const std::uint32_t*>(q + head * kDim + column) : 0;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) o_[i][j] = 0;
+    }
+  }
+
+  // Adds a stage of the ring that has arrived, of `count` > 0 tokens.
+  template <typename Ring>
+  __device__ __forceinline__ void add(const typename Ring::Stage& stage, int count) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    // Logits of heads by tokens 0 .. 7 and 8 .. 15.
+    float x[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      std::uint32_t keys[4];  // tokens 0 .. 7: both halves of the 16 elements; then tokens 8 .. 15
+      tile::ldmatrix_x4(keys,
+                        stage.keys + Ring::at(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      tile::mma_m16n8k16<T>(x[0], q_[k], {keys[0], keys[1]});
+      tile::mma_m16n8k16<T>(x[1], q_[k], {keys[2], keys[3]});
+    }
+    std::uint32_t weights[4];
+    soften(x, count, weights);
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      std::uint32_t values[4];  // columns 0 .. 7: tokens 0 .. 7, 8 .. 15; then columns 8 .. 15
+      tile::ldmatrix_x4_trans(values, stage.values + Ring::at(lane % 16, 2 * i + lane / 16));
+      tile::mma_m16n8k16<T>(o_[2 * i], weights, {values[0], values[1]});
+      tile::mma_m16n8k16<T>(o_[2 * i + 1], weights, {values[2], values[3]});
+    }
+  }
+
+  // Unnormalised outputs [16][stride], and of each head the maximum (in powers of 2) and the sum.
+  __device__ __forceinline__ void finish(float* o, int stride, float* top, float* sum) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int head = lane / 4 + 8 * r;
+      sum_[r] += __shfl_xor_sync(kAllLanes, sum_[r], 1);
+      sum_[r] += __shfl_xor_sync(kAllLanes, sum_[r], 2);
+      if (lane % 4 == 0) {
+        top[head] = top_[r];
+        sum[head] = sum_[r];
+      }
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        *reinterpret_cast<float2*>(o + head * stride + 8 * i + lane % 4 * 2) = {o_[i][2 * r],
+                                                                                o_[i][2 * r + 1]};
+      }
+    }
+  }
+
+ private:
+  // From logits to weights 2^(x - top), packed as the left operand of the next product.
+  __device__ __forceinline__ void soften(float (&x)[2][4], int count, std::uint32_t (&weights)[4]) {
+    const int pair = static_cast<int>(threadIdx.x) % 4;
+    float top[2] = {top_[0], top_[1]};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int token = 8 * i + 2 * pair + j % 2;
+        x[i][j] = token < count ? x[i][j] * scale_ : -__builtin_huge_valf();
+        top[j / 2] = fmaxf(top[j / 2], x[i][j]);
+      }
+    }
+    bool grew = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], 2));
+      grew |= top[r] > top_[r];
+    }
+    if (__any_sync(kAllLanes, grew)) rescale(top);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        x[i][j] = tile::fast_exp2(x[i][j] - top_[j / 2]);
+        sum_[j / 2] += x[i][j];
+      }
+      weights[2 * i] = tile::pack2<T>(x[i][0], x[i][1]);
+      weights[2 * i + 1] = tile::pack2<T>(x[i][2], x[i][3]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&top)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float factor = tile::fast_exp2(top_[r] - top[r]);
+      top_[r] = top[r];
+      sum_[r] *= factor;
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        o_[i][2 * r] *= factor;
+        o_[i][2 * r + 1] *= factor;
+      }
+    }
+  }
+
+  std::uint32_t q_[kDim / 16][4];
+  float o_[kDim / 8][4];
+  float top_[2] = {-__builtin_huge_valf(), -__builtin_huge_valf()};
+  float sum_[2] = {};  // this lane's columns only, until finish()
+  float scale_;
+};
+
+}  // namespace infllm::cuda::decode

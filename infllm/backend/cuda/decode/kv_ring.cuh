@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Keys and values on their way into shared memory. Each warp has a ring of its own: a stage is its
+// 16 tokens of a block, keys and values, so that no warp ever waits for another one.
+//
+// The 16-byte pieces of row r lie at piece index ^ (r % 8): ldmatrix then reads 8 rows of one piece
+// from 8 different groups of banks, with and without transposition.
+#pragma once
+
+#include "infllm/backend/cuda/decode/row.cuh"
+#include "infllm/backend/cuda/tile/mma.cuh"
+
+namespace infllm::cuda::decode {
+
+inline constexpr int kSliceTokens = 16;
+inline constexpr int kPieceElements = 8;
+
+template <typename T, int kDim, int kStages>
+struct KvRing {
+  static constexpr int kPieces = kDim / kPieceElements;  // of a row
+
+  struct Stage {
+    T keys[kSliceTokens * kDim];
+    T values[kSliceTokens * kDim];
+  };
+
+  // All lanes. Rows from `count` on are zero, so that a product with their weight 0 is 0.
+  __device__ __forceinline__ void fetch(int stage, const T* keys, const T* values, int count) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    counts[stage] = count;  // every lane the same number
+    if (count == 0) return;
+#pragma unroll
+    for (int j = 0; j < kSliceTokens * kPieces / 32; ++j) {
+      const int i = 32 * j + lane;
+      const int row = i / kPieces;
+      const int from = row * kDim + i % kPieces * kPieceElements;
+      const int to = at(row, i % kPieces);
+      tile::cp_async_16(stages[stage].keys + to, keys + from, row < count);
+      tile::cp_async_16(stages[stage].values + to, values + from, row < count);
+    }
+  }
+
+  // Offset of a piece of a row.
+  __device__ __forceinline__ static int at(int row, int piece) {
+    return row * kDim + (piece ^ (row % 8)) * kPieceElements;
+  }
+
+  Stage stages[kStages];
+  int counts[kStages];  // tokens that exist
+};
+
+}  // namespace infllm::cuda::decode

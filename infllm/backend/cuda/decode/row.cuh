@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the decode rows share: a row is one (sequence, KV head) with one token, worked on by several
+// thread blocks, its parts. From 9.0 on the parts of a row are a cluster: they start together, wait
+// for each other in the middle of a kernel, and read each other's shared memory.
+#pragma once
+
+#include "infllm/backend/cuda/launch.cuh"
+#include "infllm/backend/cuda/page.cuh"
+#include "infllm/backend/cuda/tile/control.cuh"
+#include "infllm/ops/sparse_config.h"
+
+namespace infllm::cuda::decode {
+
+inline constexpr unsigned kAllLanes = 0xffffffff;
+
+// Where part `index` of `parts` begins when `total` things are shared out.
+__host__ __device__ constexpr int share(int total, int index, int parts) {
+  return static_cast<int>(std::int64_t{total} * index / parts);
+}
+
+// How the chosen blocks of a token in block `own` come about (ops/select.h): `columns` of them, the
+// sinks 0 .. sinks - 1, the locals first_local .. own, and `free` ones by score from
+// [init_blocks, first_local). Then a list is sinks, free ones, locals, ascending as it stands.
+struct Forced {
+  __host__ __device__ Forced(int own, int init_blocks, int local_blocks, int columns) {
+    const int window = own + 1 < local_blocks ? own + 1 : local_blocks;
+    if (own + 1 <= columns) {  // every causal block fits
+      sinks = 0;
+      locals = own + 1;
+      free = 0;
+    } else {
+      const int before = own + 1 - window;
+      const int sink = init_blocks < before ? init_blocks : before;
+      locals = window < columns ? window : columns;
+      sinks = sink < columns - locals ? sink : columns - locals;
+      free = columns - locals - sinks;
+    }
+    first_local = own + 1 - locals;
+  }
+
+  __device__ int count() const { return sinks + locals; }
+  // The i-th forced block, ascending.
+  __device__ int block(int i) const { return i < sinks ? i : first_local + i - sinks; }
+
+  int sinks, locals, free, first_local;
+};
+
+// All threads of all blocks of the cluster; of the block where there are no clusters. Orders global
+// memory too.
+__device__ __forceinline__ void wait_for_parts() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  tile::cluster_sync();
+#else
+  __syncthreads();
+#endif
+}
+
+// This block's rank in its cluster and the cluster's size: 0 and 1 without clusters.
+__device__ __forceinline__ int part_rank() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return static_cast<int>(tile::cluster_rank());
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ int part_count() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  std::uint32_t count;
+  asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(count));
+  return static_cast<int>(count);
+#else
+  return 1;
+#endif
+}
+
+// What `address`, of shared memory, holds in the block of that rank.
+__device__ __forceinline__ float load_from_part(const float* address, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto own = static_cast<std::uint32_t>(__cvta_generic_to_shared(address));
+  std::uint32_t there;
+  float value;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+  return value;
+#else
+  return *address;
+#endif
+}
+
+// launch() of launch.cuh, for blocks whose `cluster` neighbours along x are one cluster; 1: none.
+template <typename Args>
+Status launch_parts(const Device& device, std::string_view step, void (*kernel)(Args), dim3 grid,
+                    unsigned threads, std::size_t shared_bytes, unsigned cluster,
+                    const Args& args) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = device.stream;
+  config.attrs = attributes;
+  config.numAttrs = device.capability < 90 ? 0 : cluster > 1 ? 2 : 1;
+  return to_status(step, cudaLaunchKernelEx(&config, kernel, args));
+}
+
+}  // namespace infllm::cuda::decode
