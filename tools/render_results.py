@@ -43,6 +43,11 @@ def duration(milliseconds):
     return f"{number(milliseconds)} ms"
 
 
+def bound(record):
+    """Marks a peer that was stopped before it had finished."""
+    return "> " if record.get("peer_unfinished") else ""
+
+
 def percent(value):
     return "" if value is None else f"{100 * value:.1f} %"
 
@@ -102,7 +107,8 @@ def measurement_row(record):
             length_label(shape), str(shape.get("blocks", "")), percent(record.get("visible_share")),
             record.get("input", ""), times(record), number(record.get("tflops")),
             number(record.get("gbps")), percent(record.get("roofline")), record.get("peer", ""),
-            number(record.get("peer_ms")), number(record.get("ratio")),
+            bound(record) + number(record.get("peer_ms")),
+            bound(record) + number(record.get("ratio")),
             f'`{record["commit"][:9]}`', record.get("note", "")]
 
 
@@ -236,8 +242,8 @@ def longest(measurements):
 
 def readme_numbers(measurements, evaluations):
     rows = [[HEADLINES[r["name"]], shape_label(r["shape"]), length_label(r["shape"]),
-             duration(r["ms"]), f'{duration(r["peer_ms"])} ({r["peer"]})',
-             f'{number(r["ratio"])}x'] for r in longest(measurements)]
+             duration(r["ms"]), f'{bound(r)}{duration(r["peer_ms"])} ({r["peer"]})',
+             f'{bound(r)}{number(r["ratio"])}x'] for r in longest(measurements)]
     out = [table(["what", "shape", "tokens", "infllm.cpp", "beside", "ratio"], rows)] if rows else []
     # The engine's own answers, where there are some; the trainer's are in docs/performance.md.
     own = [r for r in evaluations if r["backend"] != "pytorch"]

@@ -9,6 +9,7 @@ MEASUREMENT = {
     "name": str, "backend": str, "device": str, "driver": str, "commit": str, "date": str,
     "shape": dict, "input": str, "ms": NUMBER, "ms_low": NUMBER, "ms_high": NUMBER,
     "tflops": NUMBER, "gbps": NUMBER, "roofline": NUMBER, "peer": str, "peer_ms": NUMBER,
+    "peer_unfinished": bool,  # stopped at peer_ms: it and the ratio are lower bounds
     "ratio": NUMBER, "note": str, "column": str, "threads": int, "dtype": str, "model": str,
     "visible_share": NUMBER, "overlap": NUMBER, "steps_ms": dict,
 }
@@ -36,7 +37,8 @@ def check_fields(record, fields, required):
     for name, value in record.items():
         if name not in fields:
             raise BadResult(f'found the field "{name}", expected one of {", ".join(fields)}')
-        if not isinstance(value, fields[name]) or isinstance(value, bool):
+        if not isinstance(value, fields[name]) or (
+                isinstance(value, bool) and fields[name] is not bool):
             raise BadResult(f'"{name}" is {json.dumps(value)}, expected '
                             f'{"a number" if fields[name] is NUMBER else fields[name].__name__}')
 
