@@ -584,15 +584,14 @@ using Set16 = std::uint16_t;
 using Set64 = unsigned long long;
 const std::vector<Runner>& runners() {
   static const std::vector<Runner> all = {
-      runner<AttendConfig<Brain, 128, 2, false, 0, Set16, 2>>("dense2x2"),
-      runner<AttendConfig<Brain, 128, 2, false, 0, Set16>>("dense2"),
-      runner<AttendConfig<Brain, 128, 3, false, 0, Set16>>("dense3"),
-      runner<AttendConfig<Brain, 64, 3, false, 0, Set16>>("dense3"),
-      runner<AttendConfig<Brain, 128, 2, true, 16, Set16>>("sparse2"),
-      runner<AttendConfig<Brain, 128, 3, true, 16, Set16>>("sparse3"),
-      runner<AttendConfig<Brain, 64, 3, true, 16, Set16>>("sparse3"),
-      runner<AttendConfig<Brain, 128, 2, true, 0, Set64>>("rows2"),
-      runner<AttendConfig<Brain, 64, 2, true, 0, Set64>>("rows2"),
+      runner<AttendConfig<Brain, 128, 2, false, 0, Set16, 2, 0>>("dense2x2"),
+      runner<AttendConfig<Brain, 128, 2, false, 0, Set16, 2, 8>>("dense2x2q"),
+      runner<AttendConfig<Brain, 128, 2, false, 0, Set16, 2, 4>>("dense2x2h"),
+      runner<AttendConfig<Brain, 128, 2, true, 16, Set16, 1, 8>>("sparse2q"),
+      runner<AttendConfig<Brain, 128, 3, true, 16, Set16, 1, 0>>("sparse3"),
+      runner<AttendConfig<Brain, 128, 3, true, 16, Set16, 1, 3>>("sparse3q3"),
+      runner<AttendConfig<Brain, 128, 3, true, 16, Set16, 1, 4>>("sparse3q4"),
+      runner<AttendConfig<Brain, 128, 3, true, 16, Set16, 1, 5, false>>("sparse3n5"),
   };
   return all;
 }

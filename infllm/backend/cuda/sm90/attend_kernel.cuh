@@ -25,7 +25,7 @@ inline constexpr std::size_t kSharedLimit = 227 * 1024;
 
 // kGroup: query heads of a KV head if known when compiling, 0: any power of two up to 64.
 template <typename T, int kHeadDim, int kComputeGroups, bool kIsSparse, int kGroupSize,
-          typename Set, int kBlocksOfStep = 1>
+          typename Set, int kBlocksOfStep = 1, int kHeldQueries = 0, bool kDoOverlap = true>
 struct AttendConfig {
   using Type = T;
   using TokenSet = Set;
@@ -36,6 +36,8 @@ struct AttendConfig {
   static constexpr int kThreads = (kGroups + 1) * 128;
   static constexpr int kRows = kGroups * 64;
   static constexpr int kPanels = kDim / 64;
+  static constexpr int kHeld = kHeldQueries;  // steps of 16 dimensions of q in registers
+  static constexpr bool kOverlap = kDoOverlap;
   static constexpr int kBlocks = kBlocksOfStep;             // of a step, and of a stage of the ring
   static constexpr int kTileBytes = 64 * kDim * 2;          // of a K or V block, or 64 query rows
   static constexpr int kStageBytes = kBlocks * kTileBytes;  // of K or of V
@@ -196,72 +198,82 @@ __device__ __forceinline__ void feed_queries(AttendShared<C>& shared, const Atte
   }
 }
 
-// What a lane of a computing warpgroup must know of its two rows of a tile.
+// Where the rows of a lane of a computing warpgroup belong. Everything follows from the tile, which
+// stays in shared memory, and is computed again where it is needed: registers are short.
 template <class C>
 struct Rows {
-  __device__ Rows(const Tile& tile, const AttendArgs& a, int group)
-      : group_log2(C::kGroup == 0 ? a.group_log2 : __ffs(C::kGroup) - 1) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int warp = static_cast<int>(threadIdx.x / 32 % 4);
-    warp_token = (group * 64 + warp * 16) >> group_log2;
-    group_token = group * 64 >> group_log2;
+  __device__ __forceinline__ Rows(const Tile& of, const AttendArgs& a, int warpgroup)
+      : tile(of),
+        group_log2(C::kGroup == 0 ? a.group_log2 : __ffs(C::kGroup) - 1),
+        group(warpgroup),
+        first(warpgroup * 64 + static_cast<int>(threadIdx.x % 128 / 32) * 16) {}
+
+  // The tile's token of the lane's row 0 or 1, and its query head.
+  __device__ __forceinline__ int row(int i) const {
+    return first + static_cast<int>(threadIdx.x % 32 / 4) + 8 * i;
+  }
+  __device__ __forceinline__ int token(int i) const { return row(i) >> group_log2; }
+  __device__ __forceinline__ int head(int i) const {
+    return (tile.head << group_log2) + (row(i) & ((1 << group_log2) - 1));
+  }
+  // The tile's token of the warp's and of the warpgroup's first row.
+  __device__ __forceinline__ int warp_token() const { return first >> group_log2; }
+  __device__ __forceinline__ int group_token() const { return group * 64 >> group_log2; }
+  // The warpgroup's tokens as a set, and the block that all of them lie in.
+  __device__ __forceinline__ std::uint64_t group_set() const {
     const int tokens = 64 >> group_log2;
-    own_block = (tile.position + group_token) / kPageTokens;
-    const int first = tile.first_token + group_token;
-    in_use = first < tile.end && first + tokens > tile.begin;
-    group_set = (tokens == 64 ? ~0ull : (1ull << tokens) - 1) << group_token;
-    for (int i = 0; i < 2; ++i) {
-      const int row = group * 64 + warp * 16 + lane / 4 + 8 * i;
-      token[i] = row >> group_log2;
-      head[i] = (tile.head << group_log2) + (row & ((1 << group_log2) - 1));
-    }
+    return (tokens == 64 ? ~0ull : (1ull << tokens) - 1) << group_token();
+  }
+  __device__ __forceinline__ int own_block() const {
+    return (tile.position + group_token()) / kPageTokens;
+  }
+  // One of them is a token of the sequence.
+  __device__ __forceinline__ bool in_use() const {
+    const int token = tile.first_token + group_token();
+    return token < tile.end && token + (64 >> group_log2) > tile.begin;
   }
 
+  const Tile& tile;
   int group_log2;
-  int warp_token;           // the tile's token of this warp's first row
-  int group_token;          // and of this warpgroup's
-  int own_block;            // of all tokens of the warpgroup
-  bool in_use;              // it has a token of the sequence
-  std::uint64_t group_set;  // its tokens
-  int token[2];             // of the tile
-  int head[2];
+  int group;
+  int first;  // row of the warp
 };
 
 // Who wants the next 32 blocks of the list.
 template <class C>
 struct Wishes {
   // Entry `base` + i is described by bit i of each word.
-  __device__ __forceinline__ void load(const AttendArgs& a, const Rows<C>& rows, const Tile& tile,
-                                       int entries, int base) {
+  __device__ __forceinline__ void load(const AttendArgs& a, const Rows<C>& rows, int entries,
+                                       int base) {
     constexpr unsigned kAll = 0xffffffff;
     const int entry = base + static_cast<int>(threadIdx.x % 32);
-    const bool listed = entry < entries && rows.in_use;
+    const bool listed = entry < entries && rows.in_use();
     if constexpr (C::kSparse) {
-      const std::int64_t at = std::int64_t{tile.index - a.first} * a.lists.capacity + entry;
+      const std::int64_t at = std::int64_t{rows.tile.index - a.first} * a.lists.capacity + entry;
       typename C::TokenSet set = 0;
       int block = -1;
       if (listed) {
         set = static_cast<const typename C::TokenSet*>(a.lists.tokens)[at];
         block = a.lists.blocks[at];
       }
-      group = __ballot_sync(kAll, (set & rows.group_set) != 0);
-      own = __ballot_sync(kAll, block == rows.own_block);
+      group = __ballot_sync(kAll, (set & rows.group_set()) != 0);
+      own = __ballot_sync(kAll, block == rows.own_block());
       if constexpr (C::kGroup == 16) {
-        row[0] = __ballot_sync(kAll, set >> rows.warp_token & 1);
+        row[0] = __ballot_sync(kAll, set >> rows.warp_token() & 1);
         row[1] = row[0];
       } else {
-        for (int i = 0; i < (16 >> rows.group_log2 > 0 ? 16 >> rows.group_log2 : 1); ++i) {
-          const int token = rows.warp_token + i;
+        for (int i = 0; i < max(1, 16 >> rows.group_log2); ++i) {
+          const int token = rows.warp_token() + i;
           const unsigned word = __ballot_sync(kAll, set >> token & 1);
-          if (rows.token[0] == token) row[0] = word;
-          if (rows.token[1] == token) row[1] = word;
+          if (rows.token(0) == token) row[0] = word;
+          if (rows.token(1) == token) row[1] = word;
         }
       }
     } else {
-      const Sequence sequence(a.batch, tile.sequence);
+      const Sequence sequence(a.batch, rows.tile.sequence);
       group = __ballot_sync(
-          kAll, listed && entry <= rows.own_block && sequence.page(entry, a.pool.num_pages) >= 0);
-      own = __ballot_sync(kAll, entry == rows.own_block);
+          kAll, listed && entry <= rows.own_block() && sequence.page(entry, a.pool.num_pages) >= 0);
+      own = __ballot_sync(kAll, entry == rows.own_block());
       row[0] = row[1] = group;
     }
   }
@@ -323,31 +335,75 @@ __device__ __forceinline__ void store_row(typename C::Type* row,
 }
 
 template <class C>
-__device__ __forceinline__ void store_tile(const AttendArgs& a, const Tile& tile,
-                                           const Rows<C>& rows, const RowState (&state)[2],
+__device__ __forceinline__ void store_tile(const AttendArgs& a, const Rows<C>& rows,
+                                           const RowState (&state)[2],
                                            const float (&o)[C::kDim / 2]) {
   constexpr float kLn2 = 0.6931471805599453f;
+  const Tile& tile = rows.tile;
   const int heads_q = a.heads << rows.group_log2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float l = quad_sum(state[i].l);
     const float inverse = l > 0 ? 1 / l : 0.0f;
-    const int token = tile.first_token + rows.token[i];
+    const int token = tile.first_token + rows.token(i);
     const bool valid = token >= tile.begin && token < tile.end;
     std::uint32_t words[C::kDim / 8];
 #pragma unroll
     for (int j = 0; j < C::kDim / 8; ++j) {
-      words[j] =
-          tile::pack2<typename C::Type>(o[4 * j + 2 * i] * inverse, o[4 * j + 2 * i + 1] * inverse);
+      words[j] = infllm::cuda::tile::pack2<typename C::Type>(o[4 * j + 2 * i] * inverse,
+                                                             o[4 * j + 2 * i + 1] * inverse);
     }
-    const std::int64_t row = std::int64_t{token} * heads_q + rows.head[i];
+    const std::int64_t row = std::int64_t{token} * heads_q + rows.head(i);
     store_row<C>(static_cast<typename C::Type*>(a.o) + row * C::kDim, words, valid);
     if (a.lse != nullptr && valid && threadIdx.x % 4 == 0) {
-      a.lse[std::int64_t{rows.head[i]} * a.batch.num_tokens + token] =
+      a.lse[std::int64_t{rows.head(i)} * a.batch.num_tokens + token] =
           l > 0 ? (state[i].m * a.c + log2f(l)) * kLn2 : -kInfinity;
     }
   }
 }
+
+// The query rows of a warp as operand a: read from shared memory by each product, or held in
+// registers, which halves the shared memory traffic of a product of 64 columns.
+template <class C>
+struct Queries {
+  static constexpr int kSteps = C::kDim / 16;
+
+  __device__ __forceinline__ explicit Queries(const std::byte* rows)
+      : desc(tile::smem_desc_k_major(rows)) {}
+
+  // Returns true if shared memory is not needed any more.
+  __device__ __forceinline__ bool hold(const std::byte* rows) {
+    if constexpr (C::kHeld > 0) {
+      const int lane = static_cast<int>(threadIdx.x % 32);
+      const int row = static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane % 16;
+#pragma unroll
+      for (int k = 0; k < C::kHeld; ++k) {
+        const int unit = (k % 4 * 2 + lane / 16) ^ row % 8;  // swizzled
+        tile::ldmatrix_x4(a[k], rows + k / 4 * 8192 + row * 128 + unit * 16);
+      }
+    }
+    return C::kHeld == kSteps;
+  }
+
+  template <class Product, int kCount>
+  __device__ __forceinline__ void multiply(float (&s)[kCount], std::uint64_t k_desc,
+                                           int panel_bytes) const {
+    tile::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const std::uint64_t at = k_desc + k / 4 * (panel_bytes / 16) + k % 4 * tile::kStepKMajor;
+      if (k < C::kHeld) {
+        Product::rs(s, a[k][0], a[k][1], a[k][2], a[k][3], at, k != 0);
+      } else {
+        Product::ss(s, desc + k / 4 * (8192 / 16) + k % 4 * tile::kStepKMajor, at, k != 0);
+      }
+    }
+    tile::wgmma_commit();
+  }
+
+  std::uint64_t desc;
+  std::uint32_t a[kSteps][4];
+};
 
 // The products of the next block are under way while this one's weights are made, as long as the
 // warpgroup wants the next one too. Before it passes a block it finishes its own, because the ring
@@ -360,14 +416,13 @@ __device__ __forceinline__ void compute(AttendShared<C>& shared, const AttendArg
   using Sum = Wgmma<T, C::kDim, Major::kMN>;
   const bool leader = threadIdx.x % 32 == 0;
   const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
-  const std::uint64_t q_desc = smem_desc_k_major(shared.q[group]);
+  Queries<C> queries(shared.q[group]);
   RingCursor<C::kStages> ring;
   for (unsigned n = 0;; ++n) {
     mbarrier_wait(&shared.work_full[n % 2], n / 2 & 1);
-    const Tile tile = shared.work[n % 2].tile;
-    const int entries = shared.work[n % 2].entries;
-    __syncwarp();
-    if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
+    const auto& work = shared.work[n % 2];
+    const Tile& tile = work.tile;
+    const int entries = work.entries;
     if (tile.index < 0) return;
     const Rows<C> rows(tile, a, group);
     Wishes<C> wishes{};
@@ -380,14 +435,7 @@ __device__ __forceinline__ void compute(AttendShared<C>& shared, const AttendArg
     float factor[2];
 
     const auto multiply_keys = [&] {
-      const std::uint64_t k_desc = smem_desc_k_major(shared.k[ring.stage]);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < C::kDim / 16; ++step) {
-        const std::uint64_t at = step / 4 * (8192 / 16) + step % 4 * kStepKMajor;
-        Product::ss(s, q_desc + at, k_desc + at, step != 0);
-      }
-      wgmma_commit();
+      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[ring.stage]), 8192);
     };
     const auto multiply_values = [&](int stage) {
       const std::uint64_t v_desc = smem_desc_mn_major(shared.v[stage]);
@@ -402,8 +450,8 @@ __device__ __forceinline__ void compute(AttendShared<C>& shared, const AttendArg
     bool any_wanted = false;  // by this warp
     const auto make_weights = [&](unsigned bit) {
       if (wishes.own & bit) {
-        const int first = tile.position - rows.own_block * kPageTokens;
-        mask_beyond(s, {first + rows.token[0], first + rows.token[1]}, lane_column);
+        const int first = tile.position - rows.own_block() * kPageTokens;
+        mask_beyond(s, {first + rows.token(0), first + rows.token(1)}, lane_column);
       }
       const bool wanted[2] = {(wishes.row[0] & bit) != 0, (wishes.row[1] & bit) != 0};
       any_wanted = __any_sync(0xffffffff, wanted[0] || wanted[1]);
@@ -419,22 +467,25 @@ __device__ __forceinline__ void compute(AttendShared<C>& shared, const AttendArg
         for (int i = 0; i < 16; ++i) p[i] = 0;
       }
     };
-    // What nobody wrote in the sequence's last page.
-    const int written = tile.length - rows.own_block * kPageTokens;
     bool own = false;  // the block whose weights are in p
     const auto prepare_values = [&](const RingCursor<C::kStages>& at) {
       mbarrier_wait(&shared.ring.v_full[at.stage], at.phase);
-      if (own && written < kPageTokens) clear_tail<C>(shared.v[at.stage], written, group);
+      if (!own) return;
+      const int written = tile.length - rows.own_block() * kPageTokens;
+      if (written < kPageTokens) clear_tail<C>(shared.v[at.stage], written, group);
     };
 
     mbarrier_wait(&shared.q_full, n & 1);
+    const bool released = queries.hold(shared.q[group]);
+    __syncwarp();
+    if (released && leader) mbarrier_arrive(&shared.q_empty);
     bool pending = false;  // p holds weights of the block at `before`
     RingCursor<C::kStages> before;
     for (int entry = 0;; ++entry) {
-      if (entry % 32 == 0 && entry < entries) wishes.load(a, rows, tile, entries, entry);
+      if (entry % 32 == 0 && entry < entries) wishes.load(a, rows, entries, entry);
       const unsigned bit = 1u << entry % 32;
       const bool wanted = entry < entries && (wishes.group & bit) != 0;
-      if (pending && wanted) {
+      if (C::kOverlap && pending && wanted) {
         mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
         multiply_keys();
         prepare_values(before);
@@ -464,6 +515,14 @@ __device__ __forceinline__ void compute(AttendShared<C>& shared, const AttendArg
           if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
           make_weights(bit);
           keep_weights();
+          if constexpr (!C::kOverlap) {
+            own = (wishes.own & bit) != 0;
+            prepare_values(ring);
+            multiply_values(ring.stage);
+            wgmma_wait<0>();
+            wgmma_pin(o);
+            if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+          }
         } else if (leader) {
           mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
           mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
@@ -472,13 +531,15 @@ __device__ __forceinline__ void compute(AttendShared<C>& shared, const AttendArg
         }
         __syncwarp();
       }
-      pending = wanted;
+      pending = C::kOverlap && wanted;
       own = (wishes.own & bit) != 0;
       before = ring;
       ring.advance();
     }
-    if (leader) mbarrier_arrive(&shared.q_empty);
-    store_tile<C>(a, tile, rows, state, o);
+    if (!released && leader) mbarrier_arrive(&shared.q_empty);
+    store_tile<C>(a, rows, state, o);
+    __syncwarp();
+    if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
   }
 }
 
@@ -495,17 +556,16 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
   using Sum = Wgmma<T, C::kDim, Major::kMN>;
   const bool leader = threadIdx.x % 32 == 0;
   const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
-  const std::uint64_t q_desc = smem_desc_k_major(shared.q[group]);
+  Queries<C> queries(shared.q[group]);
   const auto wait_turn = [&] { named_barrier_sync(4 + group, 256); };
   const auto pass_turn = [&] { named_barrier_arrive(5 - group, 256); };
   if (group == 1) pass_turn();
   RingCursor<C::kStages> ring;
   for (unsigned n = 0;; ++n) {
     mbarrier_wait(&shared.work_full[n % 2], n / 2 & 1);
-    const Tile tile = shared.work[n % 2].tile;
-    const int entries = shared.work[n % 2].entries;
-    __syncwarp();
-    if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
+    const auto& work = shared.work[n % 2];
+    const Tile& tile = work.tile;
+    const int entries = work.entries;
     if (tile.index < 0) return;
     const Rows<C> rows(tile, a, group);
     const int steps = (entries + 1) / 2;
@@ -519,14 +579,7 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
     constexpr bool kWanted[2] = {true, true};
 
     const auto multiply_keys = [&](int stage) {
-      const std::uint64_t k_desc = smem_desc_k_major(shared.k[stage]);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < C::kDim / 16; ++step) {
-        Product::ss(s, q_desc + step / 4 * (8192 / 16) + step % 4 * kStepKMajor,
-                    k_desc + step / 4 * (16384 / 16) + step % 4 * kStepKMajor, step != 0);
-      }
-      wgmma_commit();
+      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[stage]), 16384);
     };
     const auto multiply_values = [&](int stage) {
       const std::uint64_t v_desc = smem_desc_mn_major(shared.v[stage]);
@@ -538,12 +591,31 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
       }
       wgmma_commit();
     };
-    const auto mask_last = [&] {
-      const int first = tile.position - (steps - 1) * 2 * kPageTokens;
-      mask_beyond(s, {first + rows.token[0], first + rows.token[1]}, lane_column);
+    const Sequence sequence(a.batch, tile.sequence);
+    unsigned present = 0;  // bit i: block 32 n + i has a page, or lies behind the end
+    const auto mask = [&](int step) {
+      if (step % 16 == 0) {
+        const int block = 2 * step + static_cast<int>(threadIdx.x % 32);
+        present = __ballot_sync(0xffffffff,
+                                block >= entries || sequence.page(block, a.pool.num_pages) >= 0);
+      }
+      if (step == steps - 1) {
+        const int first = tile.position - step * 2 * kPageTokens;
+        mask_beyond(s, {first + rows.token(0), first + rows.token(1)}, lane_column);
+      }
+      const unsigned both = present >> step % 16 * 2 & 3;
+      if (both != 3) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+          if ((both >> i / 32 & 1) == 0) s[i] = -kInfinity;
+        }
+      }
     };
 
     mbarrier_wait(&shared.q_full, n & 1);
+    const bool released = queries.hold(shared.q[group]);
+    __syncwarp();
+    if (released && leader) mbarrier_arrive(&shared.q_empty);
     mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
     wait_turn();
     multiply_keys(ring.stage);
@@ -551,7 +623,7 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
     wgmma_wait<0>();
     wgmma_pin(s);
     if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
-    if (steps == 1) mask_last();
+    mask(0);
     weigh(s, kWanted, a.c, state, factor);
 #pragma unroll
     for (int i = 0; i < 32; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
@@ -567,7 +639,7 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
       wgmma_wait<1>();
       wgmma_pin(s);
       if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
-      if (step == steps - 1) mask_last();
+      mask(step);
       weigh(s, kWanted, a.c, state, factor);
       wgmma_wait<0>();
       wgmma_pin(o);
@@ -577,7 +649,7 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
       for (int i = 0; i < 32; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
       before = ring;
     }
-    if (leader) mbarrier_arrive(&shared.q_empty);
+    if (!released && leader) mbarrier_arrive(&shared.q_empty);
     mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
     const int written = tile.length - (entries - 1) * kPageTokens;
     if (written < kPageTokens) {
@@ -588,7 +660,9 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
     wgmma_pin(o);
     if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
     ring.advance();
-    store_tile<C>(a, tile, rows, state, o);
+    store_tile<C>(a, rows, state, o);
+    __syncwarp();
+    if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
   }
 }
 
