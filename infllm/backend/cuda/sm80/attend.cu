@@ -68,7 +68,9 @@ struct SparseShape {
 };
 template <class Shape>
 inline constexpr int kRowsOf = Shape::kWarps* kWarpRows;
-inline constexpr int kWarpsPerMultiprocessor = 8;  // of 255 registers
+// Warps that their registers, up to 255 or 168 a thread, let onto a multiprocessor.
+template <int D>
+inline constexpr int kResidentWarps = D == 128 ? 8 : 12;
 
 template <class Shape, int D>
 struct Shared {
@@ -376,7 +378,7 @@ class Attender {
 
 // Block (x, y): KV head y, a tile of tokens, the late and long ones first.
 template <typename T, int D, class Shape>
-__global__ void __launch_bounds__(kRowsOf<Shape>, kWarpsPerMultiprocessor / Shape::kWarps)
+__global__ void __launch_bounds__(kRowsOf<Shape>, kResidentWarps<D> / Shape::kWarps)
     attend_kernel(const __grid_constant__ AttendArgs args) {
   extern __shared__ __align__(1024) std::byte memory[];
   const int slot = static_cast<int>(gridDim.x - 1 - blockIdx.x);
