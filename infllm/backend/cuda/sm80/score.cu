@@ -87,13 +87,13 @@ class Scorer {
         warp_tokens_(kWarpRows / args.padded_group),
         first_token_(warp_ * warp_tokens_),
         sums_(reinterpret_cast<float*>(shared + kSlots * kTileBytes) + first_token_ * kSumStride) {
-    for (int t = lane_; t < warp_tokens_; t += 32) sums_[t * kSumStride + kSumFirst - 1] = 0;
+    if (lane_ < warp_tokens_) sums_[lane_ * kSumStride + kSumFirst - 1] = 0;
   }
 
   __device__ void run() {
     for (int t = 0; t < warp_tokens_ && first_token_ + t < tile_.tokens; ++t) start_row(t);
     const int last = tile_.first + tile_.tokens - 1;
-    if (last / kPageTokens + 1 <= a_.budget_blocks) return;  // all tokens select all
+    if (selects_all(last)) return;  // and so do those before it
     load_queries();
     const std::int64_t plane = std::int64_t{tile_.sequence} * a_.heads_kv + head_;
     const Windows fine{a_.fine + plane * a_.fine_rows * Smem::kRowBytes, false};
@@ -105,12 +105,15 @@ class Scorer {
   }
 
  private:
+  static __device__ int block_of(int position) {
+    return static_cast<int>(static_cast<unsigned>(position) / kPageTokens);
+  }
   // The first block that the local window forces.
   __device__ int first_local(int position) const {
-    return max(0, position / kPageTokens - a_.local_blocks + 1);
+    return max(0, block_of(position) - a_.local_blocks + 1);
   }
   __device__ bool selects_all(int position) const {
-    return position / kPageTokens + 1 <= a_.budget_blocks;
+    return block_of(position) + 1 <= a_.budget_blocks;
   }
   __device__ float* score_row(int token) const {
     return a_.scores +
@@ -121,7 +124,7 @@ class Scorer {
   __device__ void start_row(int warp_token) const {
     const int token = first_token_ + warp_token;
     const int position = tile_.first + token;
-    const int own = position / kPageTokens;
+    const int own = block_of(position);
     const int local = selects_all(position) ? 0 : first_local(position);
     float* row = score_row(token);
     for (int b = lane_; b < a_.blocks; b += 32) {
@@ -305,8 +308,8 @@ class Scorer {
       __syncwarp();
       pool(first / kFineRows);
       __syncwarp();
-      for (int t = lane_; t < warp_tokens_; t += 32) {
-        float* row = sums_ + t * kSumStride;
+      if (lane_ < warp_tokens_) {
+        float* row = sums_ + lane_ * kSumStride;
         row[kSumFirst - 1] = row[kSumStride - 1];
       }
     });
@@ -316,16 +319,18 @@ class Scorer {
   // reaches into the block, and the block's own four. A window that is not visible counts 0, which
   // every visible one can only raise, and a free block has some.
   __device__ void pool(int first) const {
-    for (int i = lane_; i < warp_tokens_ * kTileBlocks; i += 32) {
-      const int token = first_token_ + i / kTileBlocks;
-      const int block = first + i % kTileBlocks;
-      const int position = tile_.first + token;
-      if (token >= tile_.tokens || selects_all(position)) continue;
-      if (block < a_.init_blocks || block >= first_local(position)) continue;
-      const float* sums = sums_ + i / kTileBlocks * kSumStride + kSumFirst + i % kTileBlocks * 4;
+    static_assert(kTileBlocks == 16);  // half a warp a token
+    const int block = first + (lane_ & 15);
+    if (block < a_.init_blocks) return;
+    for (int t = lane_ >> 4; t < warp_tokens_; t += 2) {
+      const int position = tile_.first + first_token_ + t;
+      if (first_token_ + t >= tile_.tokens) return;
+      if (selects_all(position) || block >= first_local(position)) continue;
+      const float* sums = sums_ + t * kSumStride + kSumFirst + (lane_ & 15) * kFineRows;
       const float4 own = *reinterpret_cast<const float4*>(sums);
       const float best = fmaxf(fmaxf(fmaxf(own.x, own.y), fmaxf(own.z, own.w)), sums[-1]);
-      score_row(token)[block] = a_.round ? __bfloat162float(__float2bfloat16_rn(best)) : best;
+      score_row(first_token_ + t)[block] =
+          a_.round ? __bfloat162float(__float2bfloat16_rn(best)) : best;
     }
   }
 
