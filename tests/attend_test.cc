@@ -50,7 +50,7 @@ class AttendEdge : public ::testing::TestWithParam<std::string> {};
 
 // Blocks in any number, any place: the selection need not be one that select() would make.
 TEST_P(AttendEdge, TakesAnySelection) {
-  for (const DType kv : {DType::kF32, DType::kBF16}) {
+  for (const DType kv : cache_types(GetParam())) {
     const Point point{GetParam(), kv, "group_7"};
     SKIP_WITHOUT(point, attend);
     Trio trio(point);
@@ -80,7 +80,7 @@ TEST_P(AttendEdge, TakesAnySelection) {
 }
 
 TEST_P(AttendEdge, ARowThatSeesNothingIsZero) {
-  const Point point{GetParam(), DType::kBF16, "group_2_dim_128"};
+  const Point point{GetParam(), cache_types(GetParam()).back(), "group_2_dim_128"};
   SKIP_WITHOUT(point, attend);
   Rig kernel(open(GetParam()), case_named(point.case_name), point.kv);
   kernel.enter(kernel.test_case().steps[0]);

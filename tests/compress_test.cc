@@ -3,7 +3,6 @@
 
 #include <gmock/gmock.h>
 
-#include "infllm/backend/open.h"
 #include "tests/support/grid.h"
 #include "tests/support/refusal.h"
 
@@ -16,8 +15,9 @@ TEST_P(CompressTest, StaysWithinTheBudget) {
   SKIP_WITHOUT(GetParam(), compress);
   const Case& c = case_named(GetParam().case_name);
   Rig kernel(open(GetParam().backend), c, GetParam().kv);
-  Rig exact(open("reference"), c, GetParam().kv);
-  Rig rounded(open_rounded(GetParam().kv, DType::kF32), c, GetParam().kv);
+  const DType numbers = numbers_type(kernel.backend());
+  Rig exact(open("reference"), c, GetParam().kv, numbers);
+  Rig rounded(open_rounded(GetParam().kv, DType::kF32), c, GetParam().kv, numbers);
   Ledger fine(label_of(GetParam(), "compress fine"), Error::kAbsolute, GetParam().kv);
   Ledger coarse(label_of(GetParam(), "compress coarse"), Error::kAbsolute, GetParam().kv);
   const Step& step = c.steps.back();
@@ -68,7 +68,7 @@ INSTANTIATE_TEST_SUITE_P(Grid, CompressTest, ::testing::ValuesIn(grid()), point_
 class CompressPieces : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(CompressPieces, OneByOneAtOnceAndLateAreTheSame) {
-  const Point point{GetParam(), DType::kBF16, "chunked"};
+  const Point point{GetParam(), cache_types(GetParam()).back(), "chunked"};
   SKIP_WITHOUT(point, compress);
   const Case& c = case_named(point.case_name);
   const Step whole(static_cast<std::size_t>(c.sequences()), Span{0, c.length(0)});
@@ -99,7 +99,8 @@ TEST_P(CompressPieces, OneByOneAtOnceAndLateAreTheSame) {
 }
 
 TEST_P(CompressPieces, TheMeanOfAConstantIsTheConstant) {
-  const Point point{GetParam(), DType::kBF16, "windows_48_16"};
+  Point point{GetParam(), cache_types(GetParam()).back(), "windows_48_16"};
+  if (!layout_refusal(point).empty()) point.case_name = "group_7";
   SKIP_WITHOUT(point, compress);
   Rig rig(open(GetParam()), case_named(point.case_name), point.kv);
   for (SequenceNumbers& numbers : rig.numbers()) {
@@ -114,7 +115,7 @@ TEST_P(CompressPieces, TheMeanOfAConstantIsTheConstant) {
 
 // Speculation: tokens are appended, rejected and replaced.
 TEST_P(CompressPieces, WindowsOfRejectedTokensAreReplaced) {
-  const Point point{GetParam(), DType::kBF16, "chunked"};
+  const Point point{GetParam(), cache_types(GetParam()).back(), "chunked"};
   SKIP_WITHOUT(point, compress);
   const Case& c = case_named(point.case_name);
   const auto step = [&](std::int32_t first, std::int32_t end) {
@@ -127,7 +128,7 @@ TEST_P(CompressPieces, WindowsOfRejectedTokensAreReplaced) {
   const std::vector<SequenceNumbers> accepted = got.numbers();
   got.enter(step(0, 500));
   for (SequenceNumbers& numbers : got.numbers()) {
-    for (double& k : numbers.k) k += 1;
+    for (double& k : numbers.k) k = -k;
   }
   got.enter(step(500, 580));
   got.numbers() = accepted;
@@ -137,8 +138,7 @@ TEST_P(CompressPieces, WindowsOfRejectedTokensAreReplaced) {
   EXPECT_EQ(got.read().coarse, want.read().coarse);
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, CompressPieces, ::testing::ValuesIn(available_backends()),
-                         backend_id);
+INSTANTIATE_TEST_SUITE_P(Backends, CompressPieces, ::testing::ValuesIn(all_backends()), backend_id);
 
 TEST(CompressRefusal, NamesWhatIsWrong) {
   using ::testing::HasSubstr;

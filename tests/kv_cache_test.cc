@@ -3,7 +3,6 @@
 
 #include <gmock/gmock.h>
 
-#include "infllm/backend/open.h"
 #include "infllm/backend/reference/rounding.h"
 #include "tests/support/grid.h"
 #include "tests/support/refusal.h"
@@ -41,7 +40,7 @@ class KvCacheEdge : public ::testing::TestWithParam<std::string> {};
 
 // A rejected continuation leaves no trace, neither in the cache nor in attention.
 TEST_P(KvCacheEdge, RollingBackAndAppendingAgainIsLikeNeverHavingErred) {
-  const Point point{GetParam(), DType::kBF16, "chunked"};
+  const Point point{GetParam(), cache_types(GetParam()).back(), "chunked"};
   SKIP_WITHOUT(point, attend);
   const Case& c = case_named(point.case_name);
   const auto step = [&](std::int32_t first, std::int32_t end) {
@@ -68,8 +67,9 @@ TEST_P(KvCacheEdge, RollingBackAndAppendingAgainIsLikeNeverHavingErred) {
 
 TEST_P(KvCacheEdge, PagesOfADenseModelAreSmaller) {
   const Backend backend = open(GetParam());
-  KvLayout layout{.kv_heads = 2, .head_dim = 64};
-  SKIP_WITHOUT((Point{GetParam(), DType::kBF16, ""}), kv_append);
+  const DType kv = cache_types(GetParam()).back();
+  KvLayout layout{.dtype = kv, .kv_heads = 2, .head_dim = 64};
+  SKIP_WITHOUT((Point{GetParam(), kv, ""}), kv_append);
   must(check(backend, layout));
   const std::int64_t with_pooled = kv_page_bytes(backend, layout);
   layout.pooled_keys = false;
@@ -79,8 +79,7 @@ TEST_P(KvCacheEdge, PagesOfADenseModelAreSmaller) {
   EXPECT_GT(kv_page_bytes(backend, layout), with_pooled);
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, KvCacheEdge, ::testing::ValuesIn(available_backends()),
-                         backend_id);
+INSTANTIATE_TEST_SUITE_P(Backends, KvCacheEdge, ::testing::ValuesIn(all_backends()), backend_id);
 
 TEST(KvCacheRefusal, OfLayoutsNamesWhatIsWrong) {
   const auto refusal = [](auto&& change) {

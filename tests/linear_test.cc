@@ -76,11 +76,12 @@ std::vector<Product> products() {
                                                                       {WeightFormat::kI8, 32},
                                                                       {WeightFormat::kI8, 128}};
   for (const auto& [format, group] : formats) {
-    for (const std::int64_t tokens : {1, 2, 5, 6, 7, 13, 33, 70}) {
+    for (const std::int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 13, 33, 70}) {
       list.push_back({format, group, tokens, 128, {96}, 1, false, DType::kF32});
     }
     // Sizes that are no multiple of anything; stacked matrices; a residual sum.
     list.push_back({format, group, 1, 131, {65}, 1, false, DType::kBF16});
+    list.push_back({format, group, 3, 2064, {40, 24}, 0.5f, true, DType::kF32});
     list.push_back({format, group, 9, 131, {1, 70, 33}, 1, false, DType::kF32});
     list.push_back({format, group, 3, 300, {64, 64}, 0.3f, true, DType::kBF16});
     list.push_back({format, group, 17, 577, {130}, -1.5f, true, DType::kF32});
@@ -90,13 +91,21 @@ std::vector<Product> products() {
   return list;
 }
 
+// A column that computes in 16 bits keeps weights in its own type and has no int8.
+bool packs(const std::string& backend, WeightFormat format) {
+  const DType numbers = numbers_type(open(backend, 1));
+  return numbers == DType::kF32 || format == WeightFormat::kF32 ||
+         (format == WeightFormat::kBF16 && numbers == DType::kBF16);
+}
+
 TEST_P(LinearTest, StaysWithinTheBudget) {
   if (open(GetParam(), 1).kernels->linear.run == nullptr) GTEST_SKIP() << "no linear";
+  const DType numbers = numbers_type(open(GetParam(), 1));
   for (const Product& p : products()) {
+    if (!packs(GetParam(), p.format)) continue;
     // int8 codes are exact in bf16: an honest kernel multiplies them with bf16 activations.
-    const DType operand = p.format == WeightFormat::kBF16 || p.format == WeightFormat::kI8
-                              ? DType::kBF16
-                              : DType::kF32;
+    const DType operand =
+        p.format == WeightFormat::kBF16 || p.format == WeightFormat::kI8 ? DType::kBF16 : numbers;
     std::int64_t outputs = 0;
     for (const std::int64_t rows : p.outputs) outputs += rows;
     const auto run = [&](const Bench& bench) { return multiply(bench, p); };
@@ -111,6 +120,9 @@ TEST_P(LinearTest, StaysWithinTheBudget) {
 // A token's numbers are the same alone, in any batch, and with any number of threads.
 TEST_P(LinearTest, IsBitwiseTheSameInCompany) {
   if (open(GetParam(), 1).kernels->linear.run == nullptr) GTEST_SKIP() << "no linear";
+  if (open(GetParam(), 1).kernels->synchronize != nullptr) {
+    GTEST_SKIP() << "the order of a device's sums depends on the number of tokens";
+  }
   for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBF16, WeightFormat::kI8}) {
     Random random(9);
     const std::int64_t inputs = 200, outputs = 150, tokens = 40;

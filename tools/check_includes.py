@@ -60,7 +60,7 @@ OUTSIDE = {
     "boost/": ["infllm/app"],
     "hwy/": ["infllm/backend/cpu"],
     "cublas": ["infllm/backend/cuda"],
-    "cuda": ["infllm/backend/cuda", "tests/cuda", "bench/probes"],
+    "cuda": ["infllm/backend/cuda", "tests", "bench"],
     "gtest/": ["tests"],
     "gmock/": ["tests"],
     "rapidcheck": ["tests"],

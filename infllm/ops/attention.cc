@@ -98,6 +98,7 @@ Status attention(const Backend& backend, const AttentionParams& p, std::span<std
     if (has_score_select(backend, s.choose)) {
       INFLLM_TRY(timed(backend, p.times, &StepTimes::score,
                        [&] { return score_select(backend, s.choose, arena.rest()); }));
+      s.attend.follows_select = &p.config;
     } else {
       INFLLM_TRY(choose_in_two(backend, s.choose, p.times, arena));
     }

@@ -16,7 +16,7 @@ namespace {
 std::vector<Point> points(const std::vector<std::string>& backends) {
   std::vector<Point> list;
   for (const std::string& backend : backends) {
-    for (const DType kv : {DType::kF32, DType::kBF16}) {
+    for (const DType kv : cache_types(backend)) {
       for (const Case& c : cases()) list.push_back({backend, kv, c.name});
     }
   }
@@ -37,14 +37,36 @@ Case unrounded(Case c) {
 
 }  // namespace
 
-std::vector<std::string> kernel_backends() {
+std::vector<std::string> all_backends() {
   std::vector<std::string> names = available_backends();
+  std::erase_if(names, [](const std::string& name) {
+    return name.starts_with("cuda:") && !name.starts_with("cuda:0:");
+  });
+  return names;
+}
+
+std::vector<std::string> kernel_backends() {
+  std::vector<std::string> names = all_backends();
   std::erase(names, "reference");
   return names;
 }
 
+std::vector<DType> cache_types(const std::string& backend) {
+  const Backend opened = open(backend, 1);
+  if (size_of(opened.kernels->activation) == 2) return {opened.kernels->activation};
+  return {DType::kF32, DType::kBF16};
+}
+
+std::string layout_refusal(const Point& point) {
+  if (point.case_name.empty()) return {};
+  const Case& c = case_named(point.case_name);
+  const KvLayout layout{
+      .dtype = point.kv, .kv_heads = c.heads_kv, .head_dim = c.head_dim, .config = c.config};
+  return check(open(point.backend, 1), layout).message();
+}
+
 std::vector<Point> grid() { return points(kernel_backends()); }
-std::vector<Point> whole_grid() { return points(available_backends()); }
+std::vector<Point> whole_grid() { return points(all_backends()); }
 
 std::string backend_id(const ::testing::TestParamInfo<std::string>& info) {
   return identifier(info.param);
@@ -69,9 +91,10 @@ Label label_of(const Point& point, std::string op) {
 
 Trio::Trio(const Point& point)
     : kernel(open(point.backend), case_named(point.case_name), point.kv),
-      exact(open("reference"), unrounded(case_named(point.case_name)), point.kv),
+      exact(open("reference"), unrounded(case_named(point.case_name)), point.kv,
+            numbers_type(kernel.backend())),
       rounded(open_rounded(point.kv, kernel.backend().kernels->activation),
-              unrounded(case_named(point.case_name)), point.kv) {}
+              unrounded(case_named(point.case_name)), point.kv, numbers_type(kernel.backend())) {}
 
 void Trio::enter(const Step& step) {
   kernel.enter(step);

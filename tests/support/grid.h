@@ -28,8 +28,12 @@ struct Point {
 };
 void PrintTo(const Point& point, std::ostream* out);
 
-// Columns that are tested against the reference; then all of them.
+// Columns that are tested against the reference; then all of them. Of several equal devices the
+// first.
+std::vector<std::string> all_backends();
 std::vector<std::string> kernel_backends();
+// The types in which a backend keeps caches, the most exact first.
+std::vector<DType> cache_types(const std::string& backend);
 std::vector<Point> grid();
 // The reference too, for what every column must hold to by itself.
 std::vector<Point> whole_grid();
@@ -65,11 +69,15 @@ std::vector<double> sparse_rows(const Rig& rig, const std::vector<double>& rows,
                                        const std::vector<double>& exact_scores,
                                        double relative_budget, DType stored, const Label& label);
 
+// Why the backend cannot hold the case's cache; empty: it can.
+std::string layout_refusal(const Point& point);
+
 }  // namespace infllm::testing
 
-// A column that lacks a step says so in the test's output.
-#define SKIP_WITHOUT(point, cell)                                                 \
-  if (::infllm::testing::open((point).backend, 1).kernels->cell.run == nullptr) { \
-    GTEST_SKIP() << (point).backend << " has no " #cell;                          \
-  }                                                                               \
-  static_assert(true)
+// A column that lacks a step, or has no cache of a case's shape, says so in the test's output.
+#define SKIP_WITHOUT(point, cell)                                                     \
+  if (::infllm::testing::open((point).backend, 1).kernels->cell.run == nullptr) {     \
+    GTEST_SKIP() << (point).backend << " has no " #cell;                              \
+  }                                                                                   \
+  if (const std::string why = ::infllm::testing::layout_refusal(point); !why.empty()) \
+  GTEST_SKIP() << why

@@ -10,8 +10,7 @@
 #include "infllm/backend/reference/pages.h"
 #include "infllm/backend/reference/rounding.h"
 #include "infllm/ops/compress.h"
-#include "infllm/ops/score.h"
-#include "infllm/ops/select.h"
+#include "infllm/ops/score_select.h"
 
 namespace infllm::testing {
 namespace {
@@ -39,11 +38,16 @@ Backend open_rounded(DType operand, DType output, int threads) {
   return backend;
 }
 
-Rig::Rig(Backend backend, const Case& c, DType kv_dtype, DType activation)
+DType numbers_type(const Backend& backend) {
+  const DType activation = backend.kernels->activation;
+  return size_of(activation) == 2 ? activation : DType::kF32;
+}
+
+Rig::Rig(Backend backend, const Case& c, DType kv_dtype, DType numbers)
     : backend_(std::move(backend)),
       case_(c),
-      activation_(activation),
-      numbers_(numbers_of(c, activation)),
+      numbers_type_(numbers),
+      numbers_(numbers_of(c, numbers)),
       scale_(static_cast<float>(1 / std::sqrt(static_cast<double>(c.head_dim)))),
       cached_(static_cast<std::size_t>(c.sequences()), 0) {
   const KvLayout layout{
@@ -155,7 +159,7 @@ Buffer Rig::query_rows(Queries which) const {
   std::vector<double> packed;
   for (std::int32_t s = 0; s < case_.sequences(); ++s) {
     for (std::int64_t t = step_[s].first; t < step_[s].end; ++t) {
-      append_queries(case_, s, t, which, activation_, packed);
+      append_queries(case_, s, t, which, numbers_type_, packed);
     }
   }
   return upload(backend_, packed, backend_.kernels->activation);
@@ -166,18 +170,38 @@ std::int32_t Rig::columns() const {
   return SelectParams{.batch = batch_, .config = case_.config}.columns();
 }
 
+ScoreSelectParams Rig::score_select_params(const Buffer& q) const {
+  return {.score = {.pages = pages_,
+                    .batch = batch_,
+                    .config = case_.config,
+                    .heads_q = case_.heads_q,
+                    .scale = scale_,
+                    .q = q.data()},
+          .select = {.batch = batch_, .config = case_.config, .heads_kv = case_.heads_kv}};
+}
+
+std::vector<std::int32_t> Rig::choose() {
+  const Buffer q = query_rows(case_.config.use_nope ? Queries::kScore : Queries::kAttend);
+  ScoreSelectParams params = score_select_params(q);
+  if (!has_score_select(backend_, params)) return select(score());
+  std::vector<std::int32_t> selection(
+      static_cast<std::size_t>(case_.heads_kv) * tokens() * columns(), -7);
+  const Buffer device_selection = upload(backend_, selection);
+  params.select.selection = device_selection.as<std::int32_t>();
+  const Buffer workspace = workspace_of(backend_, score_select_workspace_bytes(backend_, params));
+  must(score_select(backend_, params, span_of(workspace)));
+  must(copy_out(backend_, selection.data(), device_selection.data(),
+                selection.size() * sizeof(std::int32_t)));
+  return selection;
+}
+
 std::vector<double> Rig::score() {
   const std::int64_t count = std::int64_t{case_.heads_kv} * tokens() * blocks();
   const DType dtype = backend_.kernels->accumulate;
   const Buffer q = query_rows(case_.config.use_nope ? Queries::kScore : Queries::kAttend);
   const Buffer scores = poisoned(backend_, count, dtype);
-  const ScoreParams params{.pages = pages_,
-                           .batch = batch_,
-                           .config = case_.config,
-                           .heads_q = case_.heads_q,
-                           .scale = scale_,
-                           .q = q.data(),
-                           .scores = scores.data()};
+  ScoreParams params = score_select_params(q).score;
+  params.scores = scores.data();
   const Buffer workspace = workspace_of(backend_, score_workspace_bytes(backend_, params));
   must(infllm::score(backend_, params, span_of(workspace)));
   return download(backend_, scores, count, dtype);

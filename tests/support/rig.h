@@ -20,10 +20,15 @@
 #include "infllm/ops/attend.h"
 #include "infllm/ops/attention.h"
 #include "infllm/ops/kernels.h"
+#include "infllm/ops/score_select.h"
 #include "tests/support/cases.h"
 #include "tests/support/numbers.h"
 
 namespace infllm::testing {
+
+// What the numbers of a test are rounded to, so that every backend and the reference see the same:
+// the type of a column's activations where it has 16 bits, float32 elsewhere.
+DType numbers_type(const Backend& backend);
 
 struct Attended {
   std::vector<double> o;    // [T, Hq, D]
@@ -36,8 +41,10 @@ struct CachedPlanes {
 
 class Rig {
  public:
-  // Numbers are those of the case, as the type `activation` holds them.
-  Rig(Backend backend, const Case& c, DType kv_dtype, DType activation = DType::kF32);
+  // Numbers are those of the case, as the type `numbers` holds them.
+  Rig(Backend backend, const Case& c, DType kv_dtype, DType numbers);
+  Rig(Backend backend, const Case& c, DType kv_dtype)
+      : Rig(backend, c, kv_dtype, numbers_type(backend)) {}
 
   // Appends and pools whatever comes before the spans, then the spans themselves as this step.
   void enter(const Step& step);
@@ -47,6 +54,8 @@ class Rig {
 
   std::vector<double> score();
   std::vector<std::int32_t> select(const std::vector<double>& scores);
+  // As attention() chooses: in one step where the backend has it, else from its own scores.
+  std::vector<std::int32_t> choose();
   Attended attend(const std::vector<std::int32_t>& selection);
   Attended attention(StepTimes* times = nullptr);
   CachedPlanes read();
@@ -69,6 +78,7 @@ class Rig {
   bool sparse(std::int32_t token) const { return token_sparse_[token]; }
   float scale() const { return scale_; }
 
+  ScoreSelectParams score_select_params(const Buffer& q) const;
   CompressParams compress_params() const { return {.pages = pages_, .batch = batch_}; }
   // The step's rows in activation type: [T, Hkv, D] and [T, Hq, D].
   Buffer key_rows(std::vector<double> SequenceNumbers::*rows) const;
@@ -80,7 +90,7 @@ class Rig {
 
   Backend backend_;
   Case case_;
-  DType activation_;
+  DType numbers_type_;
   std::vector<SequenceNumbers> numbers_;
   float scale_;
   Buffer page_memory_;

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tables of the CUDA columns, and which of them a device runs. A row that is tuned for Hopper
-// says which shapes it covers; the general one takes the others.
+// The tables of the CUDA columns, and which of them a device runs.
 #include "infllm/backend/cuda/open.h"
 
 #include <fmt/format.h>
 
 #include <charconv>
 
+#include "infllm/backend/cuda/decode/attend.h"
+#include "infllm/backend/cuda/decode/score_select.h"
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/memory.h"
 #include "infllm/backend/cuda/rows.h"
@@ -23,6 +24,44 @@ namespace {
 template <DType kType>
 Status check_layout_of(const KvLayout& layout) {
   return check_layout(layout, kType);
+}
+
+// The cells that choose among kernels: decode's where every sequence has one token, then Hopper's
+// own, then the general ones, which take every shape that check_layout lets through.
+Status general_attend(const Backend& backend, const AttendParams& p, Workspace workspace) {
+  return decode::attends(backend, p) ? decode::attend_in_splits(backend, p, workspace)
+                                     : sm80::attend(backend, p, workspace);
+}
+
+std::size_t general_attend_bytes(const Backend& backend, const AttendParams& p) {
+  return decode::attends(backend, p) ? decode::attend_bytes(backend, p)
+                                     : sm80::attend_bytes(backend, p);
+}
+
+Status hopper_attend(const Backend& backend, const AttendParams& p, Workspace workspace) {
+  if (decode::attends(backend, p)) return decode::attend_in_clusters(backend, p, workspace);
+  return sm90::attends(p) ? sm90::attend(backend, p, workspace)
+                          : sm80::attend(backend, p, workspace);
+}
+
+std::size_t hopper_attend_bytes(const Backend& backend, const AttendParams& p) {
+  if (decode::attends(backend, p)) return decode::attend_bytes(backend, p);
+  return sm90::attends(p) ? sm90::attend_bytes(backend, p) : sm80::attend_bytes(backend, p);
+}
+
+Status hopper_score_select(const Backend& backend, const ScoreSelectParams& p,
+                           Workspace workspace) {
+  return decode::scores(backend, p) ? decode::score_select_in_clusters(backend, p, workspace)
+                                    : sm90::score_select(backend, p, workspace);
+}
+
+std::size_t hopper_score_select_bytes(const Backend& backend, const ScoreSelectParams& p) {
+  return decode::scores(backend, p) ? decode::score_select_bytes(backend, p)
+                                    : sm90::score_select_bytes(backend, p);
+}
+
+bool hopper_score_selects(const Backend& backend, const ScoreSelectParams& p) {
+  return decode::scores(backend, p) || sm90::score_selects(backend, p);
 }
 
 // What every architecture runs from Ampere on.
@@ -46,7 +85,9 @@ Kernels general() {
       .compress = {&compress},
       .score = {&sm80::score, &sm80::score_bytes},
       .select = {&sm80::select},
-      .attend = {&sm80::attend, &sm80::attend_bytes},
+      .score_select = {&decode::score_select_in_phases, &decode::score_select_bytes,
+                       &decode::scores},
+      .attend = {&general_attend, &general_attend_bytes},
       .pack_linear = &pack_linear,
       .linear = {&linear, &linear_workspace_bytes},
       .upload_table = &upload_table,
@@ -61,22 +102,13 @@ Kernels general() {
   };
 }
 
-Status attend_on_hopper(const Backend& backend, const AttendParams& p, Workspace workspace) {
-  return sm90::attends(p) ? sm90::attend(backend, p, workspace)
-                          : sm80::attend(backend, p, workspace);
-}
-
-std::size_t attend_on_hopper_bytes(const Backend& backend, const AttendParams& p) {
-  return sm90::attends(p) ? sm90::attend_bytes(backend, p) : sm80::attend_bytes(backend, p);
-}
-
 // The general table with the rows that Hopper has of its own.
 template <DType kType>
 Kernels hopper() {
   Kernels table = general<kType>();
   table.name = kType == DType::kF16 ? "sm90:f16" : "sm90";
-  table.score_select = {&sm90::score_select, &sm90::score_select_bytes, &sm90::score_selects};
-  table.attend = {&attend_on_hopper, &attend_on_hopper_bytes};
+  table.score_select = {&hopper_score_select, &hopper_score_select_bytes, &hopper_score_selects};
+  table.attend = {&hopper_attend, &hopper_attend_bytes};
   return table;
 }
 
@@ -109,14 +141,15 @@ struct Name {
 Result<Name> parse(std::string_view name) {
   Name parsed;
   std::string_view rest = name.substr(std::string_view("cuda").size());
-  while (!rest.empty()) {
+  bool is_first = true;
+  for (; !rest.empty(); is_first = false) {
     rest.remove_prefix(1);  // the colon
     const std::string_view part = rest.substr(0, rest.find(':'));
     rest.remove_prefix(part.size());
     const auto [end, error] =
         std::from_chars(part.data(), part.data() + part.size(), parsed.ordinal);
     const bool is_number = error == std::errc() && end == part.data() + part.size();
-    if (is_number && parsed.ordinal >= 0 && parsed.column.empty() && !parsed.f16) continue;
+    if (is_number && parsed.ordinal >= 0 && is_first) continue;
     if ((part == "sm80" || part == "sm90") && parsed.column.empty() && !parsed.f16) {
       parsed.column = part;
     } else if (part == "f16" && !parsed.f16) {
