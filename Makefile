@@ -13,7 +13,7 @@ RELEASE := build/release
 export NINJA_STATUS = [%f/%t %p %es] 
 SOURCES = $(shell find infllm tests bench fuzz examples -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 
-.PHONY: help build demo test cuda gpu-test bench fuzz asan tsan lint format-check format tidy \
+.PHONY: help build demo test cuda gpu-test bench gpu-bench fuzz asan tsan lint format-check format tidy \
   render render-cli check-render clean
 
 help:  ## this list
@@ -51,6 +51,14 @@ bench:  ## run the benchmarks, add their lines to bench/results, render the tabl
 	cmake --preset release -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS) --target benches infllm
 	tools/bench.sh $(RELEASE) bench/results/cpu.jsonl
+	$(MAKE) render
+
+GPU_RESULTS ?= bench/results/h200.jsonl
+gpu-bench:  ## the benchmarks on this machine's NVIDIA GPU, with PyTorch's attention beside them
+	tools/install_deps.sh build test
+	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
+	cmake --build --preset cuda --parallel $(JOBS) --target device_bench infllm
+	tools/gpu_bench.sh build/cuda $(GPU_RESULTS)
 	$(MAKE) render
 
 fuzz:  ## every fuzz target for FUZZ_SECONDS (60), from the seeds in fuzz/corpus

@@ -184,25 +184,58 @@ def share(counts):
     return percent(counts[0] / counts[1]) if counts else ""
 
 
+# What a picture shows as dense attention: the best of these that ran beside the sparse one.
+DENSE_PEERS = ("cudnn", "dense")
+PUBLISHED = "infllmv2_cuda_impl"  # the backend of the published kernels' lines
+
+
 def dense_pairs(measurements):
     """{(device, backend, shape without lengths, input): [record with a dense peer, ...]}"""
     groups = {}
     for r in sorted(measurements, key=sort_key):
-        if r["name"] == "attention.forward" and r.get("peer") == "dense" and "tokens" in r["shape"]:
+        if (r["name"] == "attention.forward" and r.get("peer") in DENSE_PEERS
+                and "tokens" in r["shape"]):
             group = (r["device"], r["backend"], shape_label(r["shape"]), r.get("input", ""))
-            groups.setdefault(group, []).append(r)
-    return {group: records for group, records in groups.items() if len(records) > 1}
+            groups.setdefault(group, {}).setdefault(r["peer"], []).append(r)
+    kept = {}
+    for group, by_peer in groups.items():
+        records = next(by_peer[peer] for peer in DENSE_PEERS if peer in by_peer)
+        if len(records) > 1:
+            kept[group] = records
+    return kept
+
+
+def heads(record):
+    return tuple(record["shape"].get(name) for name in ("heads_q", "heads_kv", "head_dim", "batch"))
+
+
+def lines_of(records, measurements):
+    """The picture's lines: dense, the published kernels where known, ours, what the limit allows."""
+    peer = records[0]["peer"]
+    lines = {"dense" if peer == "dense" else f"dense ({peer})":
+             [(r["shape"]["tokens"], r["peer_ms"]) for r in records]}
+    published = [(r["shape"]["tokens"], r["ms"]) for r in measurements
+                 if r["name"] == "attention.forward" and r["backend"] == PUBLISHED
+                 and r["device"] == records[0]["device"] and heads(r) == heads(records[0])]
+    if published:
+        lines["published kernels"] = published
+    lines["sparse" if peer == "dense" else "infllm.cpp"] = [
+        (r["shape"]["tokens"], r["ms"]) for r in records]
+    # The roofline is the share of the limit that was reached, so the limit's time is that share.
+    floor = [(r["shape"]["tokens"], r["ms"] * r["roofline"]) for r in records if "roofline" in r]
+    if peer != "dense" and floor:
+        lines["floor"] = floor
+    return lines
 
 
 def charts(measurements):
-    """{file name: (title, SVG)}: time against length, dense and sparse."""
+    """{file name: (title, SVG)}: time against length."""
     drawn = {}
     for i, (group, records) in enumerate(dense_pairs(measurements).items()):
         device, backend, shape, kind = group
         title = f"One attention layer, {shape}, {backend} on {device}" + (f", {kind}" if kind else "")
-        lines = {"dense": [(r["shape"]["tokens"], r["peer_ms"]) for r in records],
-                 "sparse": [(r["shape"]["tokens"], r["ms"]) for r in records]}
-        drawn[f"attention-time-{i + 1}.svg"] = (title, chart.line_chart(title, lines))
+        drawn[f"attention-time-{i + 1}.svg"] = (
+            title, chart.line_chart(title, lines_of(records, measurements)))
     return drawn
 
 

@@ -182,6 +182,27 @@ class RenderTest(unittest.TestCase):
         self.assertEqual(len(picture.findall("{*}polyline")), 2)
         self.assertIn("attention-time-1.svg", self.text("docs/performance.md"))
 
+    def test_a_gpu_picture_has_the_best_dense_peer_the_published_kernels_and_the_floor(self):
+        def at(tokens, ms, **changes):
+            return measurement(shape={**measurement()["shape"], "tokens": tokens}, ms=ms, ms_low=ms,
+                               ms_high=ms, device="GPU", backend="cuda:0:sm90", roofline=0.5,
+                               **changes)
+        ours = [at(8192, 1.0, peer="cudnn", peer_ms=2.0, ratio=2.0),
+                at(32768, 8.0, peer="cudnn", peer_ms=32.0, ratio=4.0),
+                at(8192, 1.0, peer="dense", peer_ms=3.0, ratio=3.0),
+                at(32768, 8.0, peer="dense", peer_ms=40.0, ratio=5.0)]
+        published = at(32768, 20.0)
+        for field in ("peer", "peer_ms", "ratio"):
+            del published[field]
+        self.write(*ours, {**published, "backend": render_results.PUBLISHED})
+        self.render()
+        text = self.text("docs/attention-time-1.svg")
+        self.assertFalse((self.root / "docs/attention-time-2.svg").exists())
+        labels = [label.text for label in
+                  xml.etree.ElementTree.fromstring(text).findall("{*}text") if label.get("fill")]
+        self.assertEqual(labels, ["dense (cudnn), 32 ms", "published kernels, 20 ms",
+                                  "infllm.cpp, 8 ms", "floor, 4 ms"])
+
     def test_without_marks_the_readme_is_left_alone(self):
         (self.root / "README.md").write_text("no marks\n", encoding="utf-8")
         self.assertEqual(self.render()[0], 1)
