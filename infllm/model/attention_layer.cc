@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "infllm/model/layer.h"
 #include "infllm/ops/kernels.h"
+#include "infllm/ops/rope_append.h"
 
 namespace infllm::model {
 namespace {
 
+// The long way, on columns that have no rope_append: rotate, cut, append.
+//
 // Rotates the heads of q and k inside the fused projection.
 Status rotate(const Step& step) {
   const ModelConfig& c = step.config;
@@ -78,15 +81,29 @@ Status attention_layer(const Step& step, const LayerWeights& weights, const KvPa
                    .y = step.at(step.plan.qkv)},
                   step.workspace);
   }));
-  INFLLM_TRY(
-      timed(step, &ForwardTimes::rope, [&] { return rotate_and_cut(step, keep_unrotated); }));
-  INFLLM_TRY(timed(step, &ForwardTimes::cache, [&] {
-    return kv_append(backend, {.pages = pages,
-                               .batch = step.batch,
-                               .k = step.at(step.plan.k),
-                               .v = step.at(step.plan.v),
-                               .k_score = keep_unrotated ? step.at(step.plan.k_score) : nullptr});
-  }));
+  if (has_rope_append(backend)) {
+    INFLLM_TRY(timed(step, &ForwardTimes::rope, [&] {
+      return rope_append(backend,
+                         {.pages = pages,
+                          .batch = step.batch,
+                          .heads_q = c.heads,
+                          .qkv = step.at(step.plan.qkv),
+                          .cos = step.floats_at(step.plan.cos),
+                          .sin = step.floats_at(step.plan.sin),
+                          .q = step.at(step.plan.q),
+                          .q_score = keep_unrotated ? step.at(step.plan.q_score) : nullptr});
+    }));
+  } else {
+    INFLLM_TRY(
+        timed(step, &ForwardTimes::rope, [&] { return rotate_and_cut(step, keep_unrotated); }));
+    INFLLM_TRY(timed(step, &ForwardTimes::cache, [&] {
+      return kv_append(backend, {.pages = pages,
+                                 .batch = step.batch,
+                                 .k = step.at(step.plan.k),
+                                 .v = step.at(step.plan.v),
+                                 .k_score = keep_unrotated ? step.at(step.plan.k_score) : nullptr});
+    }));
+  }
 
   AttentionParams params = attention_params(c, pages, step.batch);
   params.q = step.at(step.plan.q);

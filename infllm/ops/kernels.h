@@ -14,6 +14,7 @@
 #include "infllm/ops/backend.h"
 #include "infllm/ops/compress.h"
 #include "infllm/ops/kv_cache.h"
+#include "infllm/ops/rope_append.h"
 #include "infllm/ops/sampling.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/score_select.h"
@@ -71,9 +72,9 @@ struct Kernels {
   Cell<RmsNormParams> rms_norm;
   Cell<RopeTableParams> rope_tables;
   Cell<RopeParams> rope;
+  Cell<RopeAppendParams> rope_append;  // null: rope, gather and kv_append
   Cell<SwigluParams> swiglu;
   Cell<GatherParams> gather;
-  Cell<SplitQkvParams> split_qkv;  // null: rope and gathers
   Cell<TopLogitsParams> top_logits;  // null where the logits are in host memory anyhow
 };
 

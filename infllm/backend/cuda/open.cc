@@ -95,9 +95,9 @@ Kernels general() {
       .rms_norm = {&rms_norm},
       .rope_tables = {&rope_tables},
       .rope = {&rope},
+      .rope_append = {&rope_append},
       .swiglu = {&swiglu},
       .gather = {&gather},
-      .split_qkv = {&split_qkv, nullptr, &split_qkv_covers},
       .top_logits = {&top_logits},
   };
 }

@@ -26,12 +26,11 @@ Status rope(const Backend& backend, const RopeParams& params, Workspace);
 Status swiglu(const Backend& backend, const SwigluParams& params, Workspace);
 Status gather(const Backend& backend, const GatherParams& params, Workspace);
 
-// split_qkv.cu: heads of whole 16-byte units.
-bool split_qkv_covers(const Backend& backend, const SplitQkvParams& params);
-Status split_qkv(const Backend& backend, const SplitQkvParams& params, Workspace);
-
 // rope_tables.cu
 Status rope_tables(const Backend& backend, const RopeTableParams& params, Workspace);
+
+// rope_append.cu
+Status rope_append(const Backend& backend, const RopeAppendParams& params, Workspace);
 
 // sampling.cu
 Status top_logits(const Backend& backend, const TopLogitsParams& params, Workspace);

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A layer's fused projection taken apart in one pass: what rope(), gather() and kv_append() do one
+// after the other, in one reading of it and one launch.
+//
+//   q[t, h]      = rotated query         q_score[t, h] = the query as it was (use_nope)
+//   pages, at the token's position: rotated keys, values, and (use_nope) keys as they were
+//
+// Rotation and rounding are rope()'s. A column may lack this step; its caller takes the long way.
+#pragma once
+
+#include "infllm/ops/kv_cache.h"
+
+namespace infllm {
+
+struct RopeAppendParams {
+  KvPages pages;
+  Batch batch;
+  std::int32_t heads_q = 0;
+  const void* qkv = nullptr;   // [T, (Hq + 2 Hkv) D] activation type: queries, keys, values
+  const float* cos = nullptr;  // [T, D / 2]
+  const float* sin = nullptr;  // [T, D / 2]
+  void* q = nullptr;           // [T, Hq, D]
+  void* q_score = nullptr;     // [T, Hq, D], when layout.score_keys()
+};
+
+bool has_rope_append(const Backend& backend);
+Status rope_append(const Backend& backend, const RopeAppendParams& params);
+
+}  // namespace infllm
