@@ -37,6 +37,7 @@ struct Product {
 };
 
 inline constexpr std::size_t kBlasWorkspaceBytes = std::size_t{32} << 20;
+inline constexpr std::size_t kBlasWorkspaceAlignment = 256;  // cuBLASLt refuses others
 
 class Blas {
  public:

@@ -81,7 +81,7 @@ Result<LinearWeight> pack_linear(const Backend& backend, std::span<const TensorV
 }
 
 std::size_t linear_workspace_bytes(const Backend&, const LinearParams& p) {
-  return p.tokens <= kGemvTokens ? 0 : kBlasWorkspaceBytes + kArenaAlignment;
+  return p.tokens <= kGemvTokens ? 0 : kBlasWorkspaceBytes + kBlasWorkspaceAlignment;
 }
 
 Status linear(const Backend& backend, const LinearParams& p, Workspace workspace) {
@@ -100,9 +100,10 @@ Status linear(const Backend& backend, const LinearParams& p, Workspace workspace
   if (product.inputs % kRowUnit != 0 || product.outputs % kRowUnit != 0) {
     return plain_product(device, product);
   }
-  Arena arena(workspace);
   if (!workspace.empty()) {
-    product.workspace = {arena.take<std::byte>(kBlasWorkspaceBytes), kBlasWorkspaceBytes};
+    const auto address = reinterpret_cast<std::uintptr_t>(workspace.data());
+    product.workspace = workspace.subspan(align_up(address, kBlasWorkspaceAlignment) - address,
+                                          kBlasWorkspaceBytes);
   }
   return device.blas->multiply(device, product);
 }
