@@ -18,6 +18,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <string>
+
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/sm80/attend.h"
 #include "infllm/backend/cuda/sm80/smem_tile.cuh"
@@ -432,8 +434,14 @@ bool attends(const AttendParams& params) {
 }
 
 Status attend(const Backend& backend, const AttendParams& params, std::span<std::byte> workspace) {
-  const Device& device = device_of(backend);
   const KvLayout& layout = params.pages.layout;
+  if (!attends(params)) {
+    return unsupported("attend: " + std::to_string(params.heads_q / layout.kv_heads) +
+                       " query heads of dimension " + std::to_string(layout.head_dim) +
+                       " share a KV head, but this device takes up to " +
+                       std::to_string(kRowsOf<DenseShape>) + " of dimension 64 or 128");
+  }
+  const Device& device = device_of(backend);
   const int tokens = tile_tokens(params);
   AttendArgs args{.pool = PagePool(params.pages),
                   .batch = params.batch,

@@ -16,6 +16,7 @@
 #include <cuda_fp16.h>
 
 #include <bit>
+#include <string>
 
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/pooled.h"
@@ -382,8 +383,14 @@ bool scores(const ScoreParams& params) {
 }
 
 Status score(const Backend& backend, const ScoreParams& params, std::span<std::byte> workspace) {
-  const Device& device = device_of(backend);
   const KvLayout& layout = params.pages.layout;
+  if (!scores(params)) {
+    return unsupported("score: " + std::to_string(params.heads_q / layout.kv_heads) +
+                       " query heads of dimension " + std::to_string(layout.head_dim) +
+                       " share a KV head, but this device takes up to " +
+                       std::to_string(kMaxGroup) + " of dimension 64 or 128");
+  }
+  const Device& device = device_of(backend);
   Arena arena(workspace);
   const PooledSizes sizes(params);
   const PooledKeys keys = carve(sizes, arena);

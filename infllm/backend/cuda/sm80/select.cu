@@ -62,8 +62,8 @@ class Row {
   // Scores x[0 .. n).
   __device__ void load(const float* x, int n) {
     first_ = warp_ * 32 * kKeys + lane_;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) key_[i] = first_ + 32 * i < n ? ordered(x[first_ + 32 * i]) : 0;
+    used_ = (n - warp_ * 32 * kKeys + 31) / 32;
+    for_each([&](int i) { key_[i] = first_ + 32 * i < n ? ordered(x[first_ + 32 * i]) : 0; });
   }
 
   // Writes the indices, from `base` on, of the k largest in ascending order; 0 < k < n.
@@ -71,16 +71,14 @@ class Row {
     const std::uint32_t threshold = kth_largest(k);
     std::uint32_t above = 0;
     std::uint32_t equal = 0;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
+    for_each([&](int i) {
       above += key_[i] > threshold ? 1 : 0;
       equal += key_[i] == threshold ? 1 : 0;
-    }
+    });
     int above_before = 0;
     int equal_before = 0;
     const int ties = k - count_before(above, equal, above_before, equal_before);
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
+    for_each([&](int i) {
       const unsigned is_above = __ballot_sync(0xffffffff, key_[i] > threshold);
       const unsigned is_equal = __ballot_sync(0xffffffff, key_[i] == threshold);
       const unsigned lanes_before = (1u << lane_) - 1;
@@ -91,19 +89,32 @@ class Row {
       }
       above_before += __popc(is_above);
       equal_before += __popc(is_equal);
-    }
+    });
   }
 
  private:
+  static constexpr int kRun = 8;
+
+  // Calls body(i) for the warp's keys, whole runs at a time: of a row that is shorter than the
+  // longest, most runs are empty.
+  template <typename Body>
+  __device__ __forceinline__ void for_each(const Body& body) {
+#pragma unroll
+    for (int run = 0; run < kKeys; run += kRun) {
+      if (run >= used_) break;
+#pragma unroll
+      for (int i = run; i < run + kRun; ++i) body(i);
+    }
+  }
+
   // The k-th largest key, or any number that separates the k largest from the rest.
   __device__ std::uint32_t kth_largest(int k) {
     std::uint32_t any = 0;
     std::uint32_t all = ~0u;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
+    for_each([&](int i) {
       any |= key_[i];
       all &= key_[i] != 0 ? key_[i] : ~0u;
-    }
+    });
     any = __reduce_or_sync(0xffffffff, any);
     all = __reduce_and_sync(0xffffffff, all);
     if (warps_ > 1) {
@@ -124,8 +135,7 @@ class Row {
 
   __device__ int count_at_least(std::uint32_t threshold) {
     std::uint32_t count = 0;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) count += key_[i] >= threshold ? 1 : 0;
+    for_each([&](int i) { count += key_[i] >= threshold ? 1 : 0; });
     count = __reduce_add_sync(0xffffffff, count);
     if (warps_ == 1) return static_cast<int>(count);
     std::uint32_t unused = 0;
@@ -166,6 +176,7 @@ class Row {
   int warps_;
   int lane_;
   int first_;
+  int used_;                  // keys of a lane, rounded up; may be negative
   std::uint32_t key_[kKeys];  // of blocks first_ + 32 i; 0 where there is none
 };
 
