@@ -75,61 +75,6 @@ TEST_P(TransformerTest, Rope) {
   }
 }
 
-TEST_P(TransformerTest, SplitQkv) {
-  if (open(GetParam(), 1).kernels->rope.run == nullptr) GTEST_SKIP() << "no rope";
-  const std::int64_t tokens = 5;
-  for (const auto& [heads_q, heads_kv, dim] :
-       {std::tuple{4, 2, 64}, {7, 1, 128}, {2, 2, 80}, {1, 1, 6}}) {
-    const int heads = heads_q + 2 * heads_kv;
-    for (const bool keep_unrotated : {false, true}) {
-      const std::int64_t width = (heads + (keep_unrotated ? heads_q + heads_kv : 0)) * dim;
-      expect_within_budget("split_qkv", DType::kF32, {tokens * width}, [&](const Bench& bench) {
-        Random random(static_cast<std::uint64_t>(dim));
-        const Buffer qkv = bench.in(random.normals(tokens * heads * dim, DType::kF32));
-        std::vector<float> cos, sin;
-        for (std::int64_t i = 0; i < tokens * dim / 2; ++i) {
-          const double angle = random.normal();
-          cos.push_back(static_cast<float>(std::cos(angle)));
-          sin.push_back(static_cast<float>(std::sin(angle)));
-        }
-        const Buffer cosines = bench.floats(cos);
-        const Buffer sines = bench.floats(sin);
-        const auto array = [&](int count) {
-          return poisoned(bench.backend, tokens * count * dim, bench.backend.kernels->activation);
-        };
-        const Buffer q = array(heads_q), k = array(heads_kv), v = array(heads_kv);
-        const Buffer q_score = array(heads_q), k_score = array(heads_kv);
-        must(split_qkv(bench.backend, {.tokens = tokens,
-                                       .heads_q = heads_q,
-                                       .heads_kv = heads_kv,
-                                       .head_dim = dim,
-                                       .qkv = qkv.data(),
-                                       .cos = cosines.as<float>(),
-                                       .sin = sines.as<float>(),
-                                       .q = q.data(),
-                                       .k = k.data(),
-                                       .v = v.data(),
-                                       .q_score = keep_unrotated ? q_score.data() : nullptr,
-                                       .k_score = keep_unrotated ? k_score.data() : nullptr}));
-        std::vector<double> all;
-        const auto add = [&](const Buffer& buffer, int count) {
-          const std::vector<double> rows =
-              bench.out(buffer, static_cast<std::size_t>(tokens * count * dim));
-          all.insert(all.end(), rows.begin(), rows.end());
-        };
-        add(q, heads_q);
-        add(k, heads_kv);
-        add(v, heads_kv);
-        if (keep_unrotated) {
-          add(q_score, heads_q);
-          add(k_score, heads_kv);
-        }
-        return all;
-      });
-    }
-  }
-}
-
 TEST_P(TransformerTest, Swiglu) {
   if (open(GetParam(), 1).kernels->swiglu.run == nullptr) GTEST_SKIP() << "no swiglu";
   for (const auto& [tokens, width] : {std::pair{1, 1}, {3, 63}, {7, 200}}) {

@@ -238,54 +238,6 @@ Status gather(const Backend& backend, const GatherParams& params) {
   return run_cell("gather", backend, backend.kernels->gather, params, {});
 }
 
-namespace {
-
-// One rope and three to five gathers.
-Status split_in_steps(const Backend& backend, const SplitQkvParams& p) {
-  const std::int64_t row = std::int64_t{p.heads_q + 2 * p.heads_kv} * p.head_dim;
-  const auto cut = [&](std::int32_t first, std::int32_t heads, void* to) -> Status {
-    if (to == nullptr) return {};
-    return gather(backend, {.count = p.tokens,
-                            .width = std::int64_t{heads} * p.head_dim,
-                            .row_stride = row,
-                            .first_column = std::int64_t{first} * p.head_dim,
-                            .x = p.qkv,
-                            .y = to});
-  };
-  INFLLM_TRY(cut(0, p.heads_q, p.q_score));
-  INFLLM_TRY(cut(p.heads_q, p.heads_kv, p.k_score));
-  INFLLM_TRY(cut(p.heads_q + p.heads_kv, p.heads_kv, p.v));
-  // Queries and keys lie side by side: one run of heads.
-  INFLLM_TRY(rope(backend, {.tokens = p.tokens,
-                            .heads = p.heads_q + p.heads_kv,
-                            .head_dim = p.head_dim,
-                            .row_stride = row,
-                            .x = p.qkv,
-                            .cos = p.cos,
-                            .sin = p.sin}));
-  INFLLM_TRY(cut(0, p.heads_q, p.q));
-  return cut(p.heads_q, p.heads_kv, p.k);
-}
-
-}  // namespace
-
-Status split_qkv(const Backend& backend, const SplitQkvParams& params) {
-  INFLLM_TRY(check_count("split_qkv", "tokens", params.tokens, 0));
-  INFLLM_TRY(check_count("split_qkv", "heads_q", params.heads_q, 1));
-  INFLLM_TRY(check_count("split_qkv", "heads_kv", params.heads_kv, 1));
-  INFLLM_TRY(check_pairs("split_qkv", params.head_dim));
-  if (params.tokens == 0) return {};
-  const std::pair<const char*, const void*> arrays[] = {{"qkv", params.qkv}, {"cos", params.cos},
-                                                        {"sin", params.sin}, {"q", params.q},
-                                                        {"k", params.k},     {"v", params.v}};
-  for (const auto& [name, array] : arrays) INFLLM_TRY(check_pointer("split_qkv", name, array));
-  const Cell<SplitQkvParams>& cell = backend.kernels->split_qkv;
-  if (cell.run == nullptr || (cell.covers != nullptr && !cell.covers(backend, params))) {
-    return split_in_steps(backend, params);
-  }
-  return run_cell("split_qkv", backend, cell, params, {});
-}
-
 Status read_floats(const Backend& backend, const void* x, std::int64_t count, float* out) {
   INFLLM_TRY(check_count("read_floats", "count", count, 0));
   const DType dtype = backend.kernels->activation;

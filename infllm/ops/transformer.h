@@ -148,25 +148,6 @@ struct GatherParams {
 };
 Status gather(const Backend& backend, const GatherParams& params);
 
-// Cuts the fused projection [T, (Hq + 2 Hkv) D] into queries, keys and values and rotates queries
-// and keys as rope() does. Where a backend has no such step it is made of rope() and gather(),
-// which rotate qkv in place: its contents are lost.
-struct SplitQkvParams {
-  std::int64_t tokens = 0;
-  std::int32_t heads_q = 0;
-  std::int32_t heads_kv = 0;
-  std::int32_t head_dim = 0;
-  void* qkv = nullptr;         // [T, Hq + 2 Hkv, D]
-  const float* cos = nullptr;  // [T, D / 2]
-  const float* sin = nullptr;  // [T, D / 2]
-  void* q = nullptr;           // [T, Hq, D]
-  void* k = nullptr;           // [T, Hkv, D]
-  void* v = nullptr;           // [T, Hkv, D]
-  void* q_score = nullptr;     // q and k before rotation; null: not wanted
-  void* k_score = nullptr;
-};
-Status split_qkv(const Backend& backend, const SplitQkvParams& params);
-
 // Host copy of `count` activation values as float: logits for the sampler.
 Status read_floats(const Backend& backend, const void* x, std::int64_t count, float* out);
 
