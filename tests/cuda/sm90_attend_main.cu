@@ -2,7 +2,8 @@
 //
 // Test and bench of Hopper's attend by itself, for a GPU machine that has nothing but CUDA.
 //
-//   sm90_attend_main check        every shape against float64 on the host, exit status 1 on a failure
+//   sm90_attend_main check [NAME]    every shape, or those whose name has NAME in it, against float64
+//                                    on the host; exit status 1 on a failure
 //   sm90_attend_main time [N...]  dense and sparse at these lengths; one JSON object a line
 //
 // Numbers come from a hash of their place, so that the host can compute any row of a case that only
@@ -578,21 +579,23 @@ Runner runner(const char* name) {
           }};
 }
 
-using Half = __half;
-using Brain = __nv_bfloat16;
-using Set16 = std::uint16_t;
-using Set64 = unsigned long long;
+template <typename T>
+void add_runners(std::vector<Runner>& all) {
+  all.push_back(runner<DenseConfig<T, 128>>("dense"));
+  all.push_back(runner<DenseConfig<T, 64>>("dense"));
+  all.push_back(runner<TokenConfig<T, 128>>("sparse"));
+  all.push_back(runner<TokenConfig<T, 64>>("sparse"));
+  all.push_back(runner<RowConfig<T, 128>>("sparse_rows"));
+  all.push_back(runner<RowConfig<T, 64>>("sparse_rows"));
+}
+
 const std::vector<Runner>& runners() {
-  static const std::vector<Runner> all = {
-      runner<AttendConfig<Brain, 128, 2, false, 0, Set16, 2, 0>>("dense2x2"),
-      runner<AttendConfig<Brain, 128, 2, false, 0, Set16, 2, 8>>("dense2x2q"),
-      runner<AttendConfig<Brain, 128, 2, false, 0, Set16, 2, 4>>("dense2x2h"),
-      runner<AttendConfig<Brain, 128, 2, true, 16, Set16, 1, 8>>("sparse2q"),
-      runner<AttendConfig<Brain, 128, 3, true, 16, Set16, 1, 0>>("sparse3"),
-      runner<AttendConfig<Brain, 128, 3, true, 16, Set16, 1, 3>>("sparse3q3"),
-      runner<AttendConfig<Brain, 128, 3, true, 16, Set16, 1, 4>>("sparse3q4"),
-      runner<AttendConfig<Brain, 128, 3, true, 16, Set16, 1, 5, false>>("sparse3n5"),
-  };
+  static const std::vector<Runner> all = [] {
+    std::vector<Runner> made;
+    add_runners<__nv_bfloat16>(made);
+    add_runners<__half>(made);
+    return made;
+  }();
   return all;
 }
 
@@ -638,9 +641,10 @@ std::vector<Case> cases() {
 }
 
 template <typename T>
-bool check_all(const char* type) {
+bool check_all(const char* type, const std::string& only) {
   bool ok = true;
   for (const Case& c : cases()) {
+    if (c.name.find(only) == std::string::npos) continue;
     Bed<T> bed(c, c.name == "dense_2500" ? 4.0f : 1.0f);
     for (const Runner& r : runners()) {
       if (r.sparse != bed.params.batch.any_sparse || !r.fits(bed.params)) continue;
@@ -779,7 +783,8 @@ int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const std::string verb = argc > 1 ? argv[1] : "";
   if (verb == "check") {
-    const bool ok = check_all<__nv_bfloat16>("bf16") & check_all<__half>("f16");
+    const std::string name = argc > 2 ? argv[2] : "";
+    const bool ok = check_all<__nv_bfloat16>("bf16", name) & check_all<__half>("f16", name);
     std::printf("%s\n", ok ? "all checks passed" : "CHECKS FAILED");
     return ok ? 0 : 1;
   }
@@ -796,6 +801,6 @@ int main(int argc, char** argv) {
     time_all(lengths, only);
     return 0;
   }
-  std::printf("usage: %s check | time [config] N...\n", argv[0]);
+  std::printf("usage: %s check [NAME] | time [CONFIG] N...\n", argv[0]);
   return 2;
 }

@@ -35,11 +35,13 @@ struct AttendPlan {
     if (!C::kSparse) return;
     auto* sets = static_cast<typename C::TokenSet*>(lists.tokens);
     taker(lists.counts, chunk);
+    taker(lists.singles, chunk);
     taker(lists.blocks, chunk * capacity);
     taker(sets, chunk * capacity);
     lists.tokens = sets;
     lists.capacity = capacity;
     lists.token_bytes = sizeof(typename C::TokenSet);
+    lists.group_tokens = C::kSingles ? 64 / C::kGroup : 0;
   }
 
   std::int32_t heads;

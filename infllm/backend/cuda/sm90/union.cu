@@ -31,13 +31,25 @@ __device__ void add_token(unsigned long long* sets, int block, int token) {
   atomicOr(sets + block, 1ull << token);
 }
 
+// At most one token of each `group_tokens` neighbours.
+template <typename Set>
+__device__ bool is_single(Set set, int group_tokens) {
+  if (group_tokens == 0) return false;
+  const Set group = (Set{1} << group_tokens) - 1;
+  for (; set != 0; set >>= group_tokens) {
+    const Set some = set & group;
+    if ((some & (some - 1)) != 0) return false;
+  }
+  return true;
+}
+
 // One thread block a tile. The sets of kSpan blocks stand in shared memory; tokens' lists are
 // thrown into them, and what is not empty is written out in order.
 template <typename Set>
 __global__ void __launch_bounds__(kThreads) union_kernel(const UnionArgs a) {
   __shared__ Tile tile;
   __shared__ __align__(8) Set sets[kSpan];
-  __shared__ int warp_counts[kWarps];
+  __shared__ int counts[kWarps];  // of the others, and of the singles 16 bits higher
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
@@ -56,8 +68,8 @@ __global__ void __launch_bounds__(kThreads) union_kernel(const UnionArgs a) {
   const std::int32_t* chosen =
       a.selection + (std::int64_t{tile.head} * a.batch.num_tokens + tile.first_token) * a.columns;
   const std::int64_t list = std::int64_t{blockIdx.x} * a.lists.capacity;
-  auto* out = static_cast<Set*>(a.lists.tokens) + list;
-  int written = 0;
+  auto* out = static_cast<Set*>(a.lists.tokens);
+  int singles = 0, others = 0;  // written so far
   for (int span = 0; span < blocks; span += kSpan) {
     for (int i = thread; i < kSpan; i += kThreads) sets[i] = 0;
     __syncthreads();
@@ -72,23 +84,30 @@ __global__ void __launch_bounds__(kThreads) union_kernel(const UnionArgs a) {
       const Set set = sets[base + thread];
       const int block = span + base + thread;
       const bool wanted = set != 0 && sequence.page(block, a.num_pages) >= 0;
-      const unsigned ballot = __ballot_sync(0xffffffff, wanted);
-      if (lane == 0) warp_counts[warp] = __popc(ballot);
+      const bool single =
+          wanted && block < tile.position / kPageTokens && is_single(set, a.lists.group_tokens);
+      const unsigned ballots[2] = {__ballot_sync(0xffffffff, wanted && !single),
+                                   __ballot_sync(0xffffffff, single)};
+      if (lane == 0) counts[warp] = __popc(ballots[0]) | __popc(ballots[1]) << 16;
       __syncthreads();
-      int place = written + __popc(ballot & ((1u << lane) - 1));
+      int rank = __popc(ballots[single] & ((1u << lane) - 1)) + (single ? singles : others);
       for (int w = 0; w < kWarps; ++w) {
-        if (w < warp) place += warp_counts[w];
-        written += warp_counts[w];
+        const int more[2] = {counts[w] & 0xffff, counts[w] >> 16};
+        if (w < warp) rank += more[single];
+        others += more[0];
+        singles += more[1];
       }
-      if (wanted && place < a.lists.capacity) {
-        a.lists.blocks[list + place] = block;
-        out[place] = set;
+      if (wanted && rank < a.lists.capacity) {
+        const std::int64_t at = list + (single ? rank : a.lists.capacity - 1 - rank);
+        a.lists.blocks[at] = block;
+        out[at] = set;
       }
       __syncthreads();
     }
   }
   if (thread == 0) {
-    a.lists.counts[blockIdx.x] = static_cast<int>(min(std::int64_t{written}, a.lists.capacity));
+    a.lists.counts[blockIdx.x] = singles + others;
+    a.lists.singles[blockIdx.x] = singles;
   }
 }
 

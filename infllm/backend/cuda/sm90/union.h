@@ -2,10 +2,11 @@
 //
 // The blocks that the tokens of a tile chose, each once: what a tile of sparse attention loads.
 //
-//   list of a tile = ascending blocks b, each with the set of the tile's tokens that chose b
+//   list of a tile = blocks b, each with the set of the tile's tokens that chose b
 //
-// Tokens number from 0 at the tile's first row; ids beyond the token's own block, and blocks whose
-// page does not exist, are left out.
+// First come the blocks that are single: chosen by at most one token of each warpgroup, and before
+// the tile's own block. Both parts ascend. Tokens number from 0 at the tile's first row; ids beyond
+// the token's own block, and blocks whose page does not exist, are left out.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,11 +18,18 @@
 namespace infllm::cuda::sm90 {
 
 struct UnionLists {
-  std::int32_t* counts = nullptr;  // [tiles] entries of each list
-  std::int32_t* blocks = nullptr;  // [tiles, capacity]
-  void* tokens = nullptr;          // [tiles, capacity] bit t: token t; 16 bits wide, or 64
+  // Entry i of a list with `singles` singles. The two parts grow towards each other.
+  __host__ __device__ std::int64_t place(std::int64_t list, int i, int singles) const {
+    return list * capacity + (i < singles ? i : capacity - 1 - (i - singles));
+  }
+
+  std::int32_t* counts = nullptr;   // [tiles] entries of each list
+  std::int32_t* singles = nullptr;  // [tiles] how many of them are singles
+  std::int32_t* blocks = nullptr;   // [tiles, capacity] by place()
+  void* tokens = nullptr;           // [tiles, capacity] bit t: token t; 16 bits wide, or 64
   std::int64_t capacity = 0;
-  std::int32_t token_bytes = 2;  // 2 or 8: of a set
+  std::int32_t token_bytes = 2;   // 2 or 8: of a set
+  std::int32_t group_tokens = 0;  // tokens of a warpgroup; 0: nothing counts as single
 };
 
 // Entries that a list may need.
