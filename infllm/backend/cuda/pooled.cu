@@ -7,7 +7,7 @@ namespace infllm::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPagesPerBlock = 8;
+constexpr int kPagesPerBlock = 2;
 
 struct GatherArgs {
   PagePool pool;
