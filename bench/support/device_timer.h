@@ -9,7 +9,8 @@
 
 #include <functional>
 
-#include "bench/support/harness.h"
+#include "bench/support/timing.h"
+#include "infllm/core/status.h"
 #include "infllm/ops/backend.h"
 
 namespace infllm::bench {
