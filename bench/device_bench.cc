@@ -18,6 +18,7 @@
 #include "bench/support/attention_data.h"
 #include "bench/support/attention_work.h"
 #include "bench/support/device_timer.h"
+#include "bench/support/harness.h"
 #include "bench/support/trace.h"
 #include "infllm/backend/open.h"
 #include "infllm/ops/compress.h"
