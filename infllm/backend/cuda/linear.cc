@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Weights are kept in the column's 16-bit type, whatever the checkpoint holds, as rows of whole
-// 16-byte units: y = x W^T is then one call of cuBLASLt, or gemv.cu's for a decode step.
+// 16-byte units: y = x W^T is then one call of cuBLASLt.
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "infllm/backend/cuda/blas.h"
-#include "infllm/backend/cuda/gemv.h"
+#include "infllm/backend/cuda/plain_linear.h"
 #include "infllm/backend/cuda/rows.h"
 #include "infllm/core/arena.h"
 
@@ -81,7 +81,7 @@ Result<LinearWeight> pack_linear(const Backend& backend, std::span<const TensorV
 }
 
 std::size_t linear_workspace_bytes(const Backend&, const LinearParams& p) {
-  return p.tokens <= kGemvTokens ? 0 : kBlasWorkspaceBytes + kBlasWorkspaceAlignment;
+  return p.tokens == 0 ? 0 : kBlasWorkspaceBytes + kBlasWorkspaceAlignment;
 }
 
 Status linear(const Backend& backend, const LinearParams& p, Workspace workspace) {
@@ -96,7 +96,6 @@ Status linear(const Backend& backend, const LinearParams& p, Workspace workspace
                   .y = p.y,
                   .alpha = p.alpha,
                   .beta = p.accumulate ? 1.0f : 0.0f};
-  if (gemv_covers(product)) return gemv(device, product);
   if (product.inputs % kRowUnit != 0 || product.outputs % kRowUnit != 0) {
     return plain_product(device, product);
   }

@@ -16,6 +16,7 @@
 #include "infllm/backend/cuda/sm80/score.h"
 #include "infllm/backend/cuda/sm80/select.h"
 #include "infllm/backend/cuda/sm90/attend.h"
+#include "infllm/backend/cuda/sm90/linear.h"
 #include "infllm/backend/cuda/sm90/score_select.h"
 
 namespace infllm::cuda {
@@ -64,6 +65,16 @@ bool hopper_score_selects(const Backend& backend, const ScoreSelectParams& p) {
   return decode::scores(backend, p) || sm90::score_selects(backend, p);
 }
 
+Status hopper_linear(const Backend& backend, const LinearParams& p, Workspace workspace) {
+  const bool is_aligned = reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0;
+  return sm90::multiplies(p) && is_aligned ? sm90::linear(backend, p, workspace)
+                                           : cuda::linear(backend, p, workspace);
+}
+
+std::size_t hopper_linear_bytes(const Backend& backend, const LinearParams& p) {
+  return sm90::multiplies(p) ? 0 : cuda::linear_workspace_bytes(backend, p);
+}
+
 // What every architecture runs from Ampere on.
 template <DType kType>
 Kernels general() {
@@ -109,6 +120,7 @@ Kernels hopper() {
   table.name = kType == DType::kF16 ? "sm90:f16" : "sm90";
   table.score_select = {&hopper_score_select, &hopper_score_select_bytes, &hopper_score_selects};
   table.attend = {&hopper_attend, &hopper_attend_bytes};
+  table.linear = {&hopper_linear, &hopper_linear_bytes};
   return table;
 }
 
