@@ -12,6 +12,9 @@
 
 #include "infllm/backend/open.h"
 #include "infllm/engine/engine.h"
+#include "infllm/model/checkpoint.h"
+#include "infllm/ops/kernels.h"
+#include "tests/support/grid.h"
 #include "tests/support/model_rig.h"
 #include "tests/support/recorder.h"
 #include "tests/support/rig.h"
@@ -149,6 +152,57 @@ TEST(Runner, LogitsOfAReplayAreThoseOfARun) {
     sequence.advance(1, plan.modes()[0]);
   }
 }
+
+// The same on this machine's devices, with the checkpoint whose layout they can hold: recorded,
+// unrecorded, and batched, prompts below, at and above the length from which it is sparse.
+class RunnerOn : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(RunnerOn, RecordedStepsGiveTheSameText) {
+  const Backend backend = open_backend(GetParam(), {.threads = 2}).value();
+  if (backend.kernels->record == nullptr) GTEST_SKIP() << "records nothing";
+  const std::string folder = std::string(INFLLM_SOURCE_DIR) + "/models/needle-32k";
+  const model::ModelConfig config = model::read_config(folder).value();
+  const auto source = model::open_checkpoint(folder).value();
+  const Tokenizer tokenizer = Tokenizer::load(folder).value();
+  const auto run = [&](const Backend& on, std::int32_t sequences) {
+    const model::Model model = model::Model::load(on, config, *source).value();
+    const auto engine =
+        Engine::create(model, tokenizer, {.context = 4096, .max_sequences = sequences}).value();
+    const std::int32_t lengths[] = {1, 100, 2030, 2047, 2048, 3000};
+    std::vector<std::vector<std::int32_t>> tokens(std::size(lengths));
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      Request request{.prompt = prompt_of(lengths[i], 7),
+                      .sampling = {.temperature = 0.8f, .top_p = 0.9f, .seed = 3},
+                      .max_tokens = 40,
+                      .ignore_eos = true};
+      if (i % 2 == 0) request.sampling.temperature = 0;
+      request.on_done = [&tokens, i](const Completion& done) { tokens[i] = done.tokens; };
+      testing::must(engine->submit(std::move(request)));
+    }
+    while (!engine->idle()) {
+      const Status status = engine->step();
+      EXPECT_TRUE(status.ok()) << status.message();
+      if (!status.ok()) break;
+    }
+    return tokens;
+  };
+  for (const std::int32_t sequences : {1, 3}) {
+    // Keeps the steps as a function and runs that: launched one by one, with the same limits.
+    Kernels unrecorded = *backend.kernels;
+    unrecorded.record = [](const Backend&, const std::function<Status()>& body) -> Result<Graph> {
+      return Graph{std::make_shared<std::function<Status()>>(body)};
+    };
+    unrecorded.replay = [](const Backend&, const Graph& graph) {
+      return (*static_cast<std::function<Status()>*>(graph.handle.get()))();
+    };
+    Backend eager = backend;
+    eager.kernels = &unrecorded;
+    EXPECT_EQ(run(backend, sequences), run(eager, sequences)) << sequences << " at a time";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, RunnerOn, ::testing::ValuesIn(testing::kernel_backends()),
+                         testing::backend_id);
 
 }  // namespace
 }  // namespace infllm::engine

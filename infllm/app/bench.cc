@@ -35,7 +35,8 @@ BenchRow measure_row(const Session& session, const BenchTest& test, std::string 
   }
   row.rate = summarize(rates);
   row.milliseconds = summarize(milliseconds);
-  row.runs = row.timed_runs = static_cast<std::int32_t>(runs.size());
+  row.runs = static_cast<std::int32_t>(runs.size());
+  row.timed_runs = session.is_device() ? 0 : row.runs;
   row.is_sparse = runs.front().sparse;
   row.visible_share = runs.front().visible.share();
   if (test.generated > 0) {
@@ -66,7 +67,7 @@ Result<BenchRow> run_test(BenchRunner& runner, const Session& session, const Ben
     tick();
   }
   BenchRow row = measure_row(session, test, attention, runs);
-  if (waits) {
+  if (waits && options.steps) {
     row.times = INFLLM_TRY(measure(true)).times;
     row.timed_runs = 1;
     tick();
@@ -119,8 +120,8 @@ Status bench(const Options& options) {
     return invalid_argument("this model has no sparse attention; add --sparse on");
   }
 
-  const std::int64_t runs =
-      options.bench.repetitions + (options.bench.warmup ? 1 : 0) + (session->is_device() ? 1 : 0);
+  const std::int64_t runs = options.bench.repetitions + (options.bench.warmup ? 1 : 0) +
+                            (session->is_device() && options.bench.steps ? 1 : 0);
   Progress bar("bench", Progress::Unit::kItems,
                runs * static_cast<std::int64_t>(tests.size() * modes.size()));
   std::int64_t done = 0;

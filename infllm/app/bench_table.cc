@@ -90,6 +90,7 @@ std::string step_table(const std::vector<BenchRow>& rows) {
       "| test | attention | compress | score | select | attend | projections | mlp | other |\n"
       "|---|---|---:|---:|---:|---:|---:|---:|---:|\n";
   for (const BenchRow& row : rows) {
+    if (row.timed_runs == 0) continue;
     const model::ForwardTimes& t = row.times;
     const double other = t.embed + t.norm + t.rope + t.cache + t.head;
     text += fmt::format("| {} | {} |", row.test.name(), row.attention);
@@ -108,14 +109,14 @@ std::string csv(const Session& session, const std::vector<BenchRow>& rows) {
       "stddev_ts,ms,weight_gbps,cache_gbps,compress_ms,score_ms,select_ms,attend_ms\n";
   for (const BenchRow& row : rows) {
     const StepTimes& t = row.times.attention;
+    const double each = row.timed_runs > 0 ? 1e3 / row.timed_runs : 0;
     text += fmt::format(
         "{},{},{},{},{},{},{},{},{},{:.6f},{},{:.4f},{:.4f},{:.4f},{:.4f},{:.4f},{:.4f},{:.4f},"
         "{:.4f},{:.4f}\n",
         session.name, session.dtype, session.backend.name, session.threads(), row.test.name(),
         row.test.prompt, row.test.generated, row.test.depth, row.attention, row.visible_share,
         row.runs, row.rate.mean, row.rate.deviation, row.milliseconds.median, row.weight_gbps,
-        row.cache_gbps, t.compress * 1e3 / row.timed_runs, t.score * 1e3 / row.timed_runs,
-        t.select * 1e3 / row.timed_runs, t.attend * 1e3 / row.timed_runs);
+        row.cache_gbps, t.compress * each, t.score * each, t.select * each, t.attend * each);
   }
   return text;
 }
@@ -131,7 +132,11 @@ std::string BenchTest::name() const {
 std::string bench_text(const Session& session, const std::vector<BenchRow>& rows,
                        const std::string& format) {
   if (format == "csv") return csv(session, rows);
-  if (format == "md") return speed_table(session, rows) + step_table(rows);
+  if (format == "md") {
+    const bool has_steps =
+        std::ranges::any_of(rows, [](const BenchRow& row) { return row.timed_runs > 0; });
+    return speed_table(session, rows) + (has_steps ? step_table(rows) : "");
+  }
   std::vector<nlohmann::json> objects;
   for (const BenchRow& row : rows) objects.push_back(row_json(session, row));
   if (format == "json") return dump(nlohmann::json(objects), 2) + "\n";
@@ -160,6 +165,7 @@ std::vector<nlohmann::json> bench_records(const Session& session,
     record["visible_share"] = row.visible_share;
     record["steps_ms"] = times_json(row.times);
     for (auto& step : record["steps_ms"]) step = step.get<double>() / row.timed_runs;
+    if (row.timed_runs == 0) record.erase("steps_ms");
     if (!is_prefill) record["gbps"] = row.weight_gbps + row.cache_gbps;
     const BenchRow* dense = find(rows, row.test, "dense");
     if (row.attention == "sparse" && dense != nullptr) {

@@ -96,6 +96,7 @@ constexpr char kBenchHelp[] =
   --jsonl FILE             append benchmark records as well
   --synthetic SHAPE        generated weights: minicpm4-0.5b, minicpm4-8b, minicpm4.1-8b, bitcpm4-1b
   --no-warmup              measure from the first run
+  --no-steps               on a GPU: without the further run that tells the time of each step
 )";
 
 constexpr char kInspectHelp[] =

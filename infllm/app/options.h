@@ -74,6 +74,7 @@ struct BenchOptions {
   std::string synthetic;                   // a shape instead of a checkpoint
   std::string jsonl_file;                  // benchmark records are appended here
   bool warmup = true;
+  bool steps = true;  // of a device: one more run that tells the steps' times
 };
 
 struct EvalOptions {
