@@ -72,6 +72,9 @@ TEST_P(AttentionInvariant, ThreadsChangeNothing) {
 // A sequence is computed alike whoever else is in the batch.
 TEST_P(AttentionInvariant, CompanyChangesNothing) {
   SKIP_INCOMPLETE(GetParam());
+  if (open(GetParam().backend, 1).kernels->synchronize != nullptr) {
+    GTEST_SKIP() << "a device has kernels of its own for steps of one token a sequence";
+  }
   const Case& c = case_named(GetParam().case_name);
   const Step& step = c.steps.back();
   Rig together(open(GetParam().backend), c, GetParam().kv);
