@@ -2,9 +2,11 @@
 //
 // Test and bench of Hopper's attend by itself, for a GPU machine that has nothing but CUDA.
 //
-//   sm90_attend_main check [NAME]    every shape, or those whose name has NAME in it, against float64
+//   sm90_attend_main check [NAME]    every shape, or those whose name has NAME in it, against
+//   float64
 //                                    on the host; exit status 1 on a failure
-//   sm90_attend_main time [N...]  dense and sparse at these lengths; one JSON object a line
+//   sm90_attend_main time [CONFIG] [gG_dD] N...  dense and sparse at these lengths; one JSON object
+//   a line
 //
 // Numbers come from a hash of their place, so that the host can compute any row of a case that only
 // the device holds. Pages are shuffled and memory that nobody wrote is NaN.
@@ -626,6 +628,7 @@ std::vector<Case> cases() {
       const std::string tag = "g" + std::to_string(group) + "_d" + std::to_string(dim);
       const int heads = group == 16 ? 2 : 3;
       all.push_back({"dense_" + tag, heads, group, dim, 0, ragged});
+      if (group == 2) continue;
       all.push_back({"sparse_" + tag, heads, group, dim, 8, ragged_sparse});
       all.push_back({"hostile_" + tag, heads, group, dim, 8, ragged_sparse, true});
     }
@@ -738,12 +741,16 @@ void overlap(const Bed<__nv_bfloat16>& bed, int at) {
   std::printf("\n");
 }
 
-void time_all(const std::vector<int>& lengths, const char* only) {
+void time_all(const std::vector<int>& lengths, const char* only, int group, int dim) {
   for (const int n : lengths) {
     for (const char* input : {"dense", "correlated-0.8", "random"}) {
       const bool sparse = std::strcmp(input, "dense") != 0;
       if (sparse && n <= kBudget * kPageTokens) continue;
-      Case c{"time", 2, 16, 128, 0, {{0, n, sparse}}};
+      Case c{"time", 2, group, dim, 0, {{0, n, sparse}}};
+      const auto wanted = [&](const Runner& r) {
+        return r.sparse == sparse && (only == nullptr || std::strcmp(r.name, only) == 0);
+      };
+      if (std::none_of(runners().begin(), runners().end(), wanted)) continue;
       Bed<__nv_bfloat16> bed(c);
       if (sparse) {
         bed.draw(std::strcmp(input, "random") == 0 ? -1.0f : 0.955f);
@@ -753,10 +760,9 @@ void time_all(const std::vector<int>& lengths, const char* only) {
       for (int p = 0; p < n; ++p) {
         keys += sparse && p / 64 + 1 > kBudget ? (kBudget - 1) * 64 + p % 64 + 1 : p + 1;
       }
-      const double flops = 4.0 * keys * 32 * 128;
+      const double flops = 4.0 * keys * bed.heads() * dim;
       for (const Runner& r : runners()) {
-        if (r.sparse != sparse || !r.fits(bed.params)) continue;
-        if (only != nullptr && std::strstr(r.name, only) == nullptr) continue;
+        if (!wanted(r) || !r.fits(bed.params)) continue;
         const std::size_t bytes = r.bytes(bed.params);
         Array<std::byte> workspace(static_cast<std::int64_t>(bytes));
         bed.poison();
@@ -764,10 +770,12 @@ void time_all(const std::vector<int>& lengths, const char* only) {
         const double ms =
             median_ms(bed.params, r, workspace, bytes, n > 100000 && !sparse ? 3 : 7, low);
         std::printf(
-            "{\"name\":\"attend.forward\",\"config\":\"%s\",\"input\":\"%s\",\"tokens\":%d,\"ms\":%"
+            "{\"name\":\"attend.forward\",\"config\":\"%s\",\"input\":\"%s\",\"tokens\":%d,"
+            "\"group\":%d,\"dim\":%d,\"ms\":%"
             ".3f,"
             "\"ms_low\":%.3f,\"tflops\":%.0f,\"workspace_mb\":%.0f}\n",
-            r.name, input, n, ms, low, flops / ms * 1e-9, static_cast<double>(bytes) * 1e-6);
+            r.name, input, n, group, dim, ms, low, flops / ms * 1e-9,
+            static_cast<double>(bytes) * 1e-6);
         std::fflush(stdout);
         if (n >= 8192) bed.check(r.name, n / 3 - 1);
       }
@@ -790,17 +798,19 @@ int main(int argc, char** argv) {
   }
   if (verb == "time") {
     const char* only = nullptr;
+    int group = 16, dim = 128;
     std::vector<int> lengths;
     for (int i = 2; i < argc; ++i) {
+      if (std::sscanf(argv[i], "g%d_d%d", &group, &dim) == 2) continue;
       if (std::atoi(argv[i]) > 0) {
         lengths.push_back(std::atoi(argv[i]));
       } else {
         only = argv[i];
       }
     }
-    time_all(lengths, only);
+    time_all(lengths, only, group, dim);
     return 0;
   }
-  std::printf("usage: %s check [NAME] | time [CONFIG] N...\n", argv[0]);
+  std::printf("usage: %s check [NAME] | time [CONFIG] [gG_dD] N...\n", argv[0]);
   return 2;
 }

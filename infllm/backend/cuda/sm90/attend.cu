@@ -35,7 +35,7 @@ bool attends(const AttendParams& p) {
   if (heads < 1 || p.heads_q % heads != 0) return false;
   const auto group = static_cast<unsigned>(p.heads_q / heads);
   const bool sparse = p.selection != nullptr && p.batch.any_sparse;
-  const bool fits = sparse ? group >= 2 && group <= 32 : group >= 1 && group <= 64;
+  const bool fits = sparse ? group >= 4 && group <= 32 : group >= 1 && group <= 64;
   return std::has_single_bit(group) && fits && (dim == 64 || dim == 128) &&
          p.pages.layout.config.block_size == kPageTokens &&
          (p.pages.layout.dtype == DType::kBF16 || p.pages.layout.dtype == DType::kF16);

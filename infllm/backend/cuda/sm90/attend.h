@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Prefill attention on Hopper (ops/attend.h): TMA and wgmma. Group sizes 1, 2, 4 .. 64 dense, 2, 4
+// Prefill attention on Hopper (ops/attend.h): TMA and wgmma. Group sizes 1, 2, 4 .. 64 dense, 4, 8
 // .. 32 sparse; head dimensions 64 and 128; sequences of both kinds may share a batch.
 #pragma once
 

@@ -3,6 +3,8 @@
 // What the parts of Hopper's attend share: tile sizes, arguments, and the plan of shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "infllm/backend/cuda/sm90/tiles.cuh"
 #include "infllm/backend/cuda/sm90/union.h"
 #include "infllm/backend/cuda/tile/barrier.cuh"
@@ -12,20 +14,22 @@ namespace infllm::cuda::sm90 {
 inline constexpr std::size_t kSharedLimit = 227 * 1024;
 inline constexpr int kPanelBytes = 64 * 128;  // 64 rows of 64 elements
 
-// Tile sizes. kGroup: query heads of a KV head if known when compiling, 0: any power of two up to
-// 64. docs/kernels/hopper-attend.md keeps the runners-up with their times.
-template <typename T, int kHeadDim, bool kIsSparse, int kWarpgroups, int kGroupSize, typename Set,
-          int kHeldSteps>
+// Tile sizes; docs/kernels/hopper-attend.md keeps the runners-up with their times. kGroup: query
+// heads of a KV head if known when compiling, 0: any power of two up to 64.
+template <typename T, int kHeadDim, bool kIsSparse, int kGroupSize>
 struct AttendConfig {
   using Type = T;
-  using TokenSet = Set;  // of a list's entry
+  // The tokens of a tile that want a block: 12 tokens of a group of 16, 48 of a group of 4.
+  using TokenSet = std::conditional_t<kGroupSize == 16, std::uint16_t, unsigned long long>;
   static constexpr int kDim = kHeadDim;
   static constexpr bool kSparse = kIsSparse;
-  static constexpr int kGroups = kWarpgroups;  // that compute
   static constexpr int kGroup = kGroupSize;
-  static constexpr bool kSingles = kSparse && kGroup == 16;  // a warp can serve its token alone
-  static constexpr int kHeld = kHeldSteps;  // steps of 16 dimensions of q that stay in registers
+  static constexpr int kGroups = kSparse ? 3 : 2;  // warpgroups that compute, 64 rows each
   static constexpr int kBlocks = kSparse ? 1 : 2;  // of a step, and of a stage of the ring
+  static constexpr bool kHoldQueries = !kSparse;   // in registers
+  // 64 K registers among all warpgroups; the feeding one gives up most of its own.
+  static constexpr int kComputeRegisters = kSparse ? 160 : 232;
+  static constexpr int kFeedRegisters = kSparse ? 32 : 40;
   static constexpr int kThreads = (kGroups + 1) * 128;
   static constexpr int kRows = kGroups * 64;
   static constexpr int kPanels = kDim / 64;
@@ -34,21 +38,16 @@ struct AttendConfig {
   static constexpr int kFit =
       static_cast<int>((kSharedLimit - 2048 - kGroups * kTileBytes) / (2 * kStageBytes));
   static constexpr int kStages = kFit < 8 ? kFit : 8;
-  // 64 K registers among all warpgroups; the feeding one gives up most of its own.
-  static_assert(kGroups == 2 || kGroups == 3);
-  static constexpr int kFeedRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kComputeRegisters = kGroups == 2 ? 232 : 160;
 };
 
-// Dense: 128 rows and 128 keys a step.
 template <typename T, int kDim>
-using DenseConfig = AttendConfig<T, kDim, false, 2, 0, std::uint16_t, kDim / 16>;
-// Sparse, groups of 16: a warp is a token, 12 tokens a tile.
+using DenseConfig = AttendConfig<T, kDim, false, 0>;
+// Groups of 16: a warp is a token.
 template <typename T, int kDim>
-using TokenConfig = AttendConfig<T, kDim, true, 3, 16, std::uint16_t, 0>;
-// Sparse, groups of 2 to 32: up to 64 tokens a tile.
+using TokenConfig = AttendConfig<T, kDim, true, 16>;
+// Groups of 4 to 32.
 template <typename T, int kDim>
-using RowConfig = AttendConfig<T, kDim, true, 2, 0, unsigned long long, kDim / 16>;
+using RowConfig = AttendConfig<T, kDim, true, 0>;
 
 struct AttendArgs {
   Batch batch;
@@ -75,7 +74,7 @@ struct __align__(1024) AttendShared {
   alignas(1024) std::byte k[C::kStages][C::kStageBytes];
   alignas(1024) std::byte v[C::kStages][C::kStageBytes];
   Ring ring;
-  std::uint64_t q_full, q_empty;
+  std::uint64_t q_full[C::kGroups], q_empty[C::kGroups];
   std::uint64_t work_full[2], work_empty[2];
   struct Work {
     Tile tile;

@@ -43,10 +43,11 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
     constexpr bool kWanted[2] = {true, true};
 
     const auto multiply_keys = [&](int stage) {
-      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[stage]), 2 * kPanelBytes);
+      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[uniform(stage)]),
+                                         2 * kPanelBytes);
     };
     const auto multiply_values = [&](int stage) {
-      const std::uint64_t v_desc = smem_desc_mn_major(shared.v[stage]);
+      const std::uint64_t v_desc = smem_desc_mn_major(shared.v[uniform(stage)]);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 8; ++step) {
@@ -76,10 +77,10 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
       }
     };
 
-    mbarrier_wait(&shared.q_full, n & 1);
-    const bool released = queries.hold(shared.q[group]);
+    mbarrier_wait(&shared.q_full[group], n & 1);
+    queries.hold(shared.q[group]);
     __syncwarp();
-    if (released && leader) mbarrier_arrive(&shared.q_empty);
+    if (leader) mbarrier_arrive(&shared.q_empty[group]);
     mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
     wait_turn();
     multiply_keys(ring.stage);
@@ -113,7 +114,6 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
       for (int i = 0; i < 32; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
       before = ring;
     }
-    if (!released && leader) mbarrier_arrive(&shared.q_empty);
     mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
     const int written = tile.length - (entries - 1) * kPageTokens;
     if (written < kPageTokens) {

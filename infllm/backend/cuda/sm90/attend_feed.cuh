@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The feeding warpgroup of Hopper's attend: one warp streams the K and V blocks of a tile's list
-// through the ring, another one fetches the query rows.
+// through the ring, the others fetch query rows.
 #pragma once
 
 #include "infllm/backend/cuda/sm90/attend_config.cuh"
@@ -90,11 +90,11 @@ __device__ __forceinline__ void feed_blocks(AttendShared<C>& shared, const Atten
   }
 }
 
-// Warp 1: the query rows of each tile. Rows of other sequences' tokens may come along; nobody
-// stores what becomes of them.
+// A further warp for each computing warpgroup: its query rows of each tile. Rows of other
+// sequences' tokens may come along; nobody stores what becomes of them.
 template <class C>
 __device__ __forceinline__ void feed_queries(AttendShared<C>& shared, const AttendArgs& a,
-                                             const CUtensorMap& q_map) {
+                                             const CUtensorMap& q_map, int group) {
   using namespace tile;
   const bool leader = threadIdx.x % 32 == 0;
   for (unsigned n = 0;; ++n) {
@@ -103,13 +103,11 @@ __device__ __forceinline__ void feed_queries(AttendShared<C>& shared, const Atte
     __syncwarp();
     if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
     if (tile.index < 0) return;
-    mbarrier_wait(&shared.q_empty, (n & 1) ^ 1);
+    mbarrier_wait(&shared.q_empty[group], (n & 1) ^ 1);
     if (leader) {
-      mbarrier_arrive_expect_tx(&shared.q_full, C::kGroups * C::kTileBytes);
-      for (int group = 0; group < C::kGroups; ++group) {
-        tma_load_4d(&q_map, &shared.q_full, shared.q[group], 0, tile.head << a.group_log2,
-                    tile.first_token + (group * 64 >> a.group_log2), 0, CacheHint::kEvictFirst);
-      }
+      mbarrier_arrive_expect_tx(&shared.q_full[group], C::kTileBytes);
+      tma_load_4d(&q_map, &shared.q_full[group], shared.q[group], 0, tile.head << a.group_log2,
+                  tile.first_token + (group * 64 >> a.group_log2), 0, CacheHint::kEvictFirst);
     }
     __syncwarp();
   }

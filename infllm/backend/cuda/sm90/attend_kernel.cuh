@@ -31,11 +31,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       mbarrier_init(&shared.ring.k_empty[i], kWarps);
       mbarrier_init(&shared.ring.v_empty[i], kWarps);
     }
-    mbarrier_init(&shared.q_full, 1);
-    mbarrier_init(&shared.q_empty, kWarps);
+    for (int i = 0; i < C::kGroups; ++i) {
+      mbarrier_init(&shared.q_full[i], 1);
+      mbarrier_init(&shared.q_empty[i], 4);
+    }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&shared.work_full[i], 1);
-      mbarrier_init(&shared.work_empty[i], kWarps + 1);
+      mbarrier_init(&shared.work_empty[i], kWarps + C::kGroups);
     }
     fence_mbarrier_init();
   }
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (warp < 4) {
     setmaxnreg_dec<C::kFeedRegisters>();
     if (warp == 0) feed_blocks<C>(shared, a, k_map, v_map);
-    if (warp == 1) feed_queries<C>(shared, a, q_map);
+    if (warp >= 1 && warp <= C::kGroups) feed_queries<C>(shared, a, q_map, warp - 1);
   } else {
     setmaxnreg_inc<C::kComputeRegisters>();
     if constexpr (C::kSparse) {

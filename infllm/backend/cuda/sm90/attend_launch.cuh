@@ -13,8 +13,10 @@
 
 namespace infllm::cuda::sm90 {
 
-// Lists are built and used for this many tiles at a time: they are most of the workspace.
-inline constexpr std::int64_t kTilesAtOnce = 16384;
+// Lists are most of the workspace. They are built and used for some tiles at a time, of which there
+// are enough to keep all multiprocessors busy for several rounds.
+inline constexpr std::int64_t kListBytes = std::int64_t{128} << 20;
+inline constexpr std::int64_t kFewestTiles = 2048;
 
 // How one configuration cuts a call.
 template <class C>
@@ -24,9 +26,10 @@ struct AttendPlan {
         group(p.heads_q / heads),
         tile_tokens(C::kRows / group),
         tiles(heads * most_tiles(p.batch, tile_tokens)),
-        chunk(C::kSparse ? std::min(tiles, kTilesAtOnce) : tiles),
-        chunks(ceil_div(tiles, chunk)),
-        capacity(C::kSparse ? union_capacity(p, tile_tokens) : 0) {}
+        capacity(C::kSparse ? union_capacity(p, tile_tokens) : 0),
+        chunk(C::kSparse ? std::min(tiles, std::max(kFewestTiles, kListBytes / list_bytes()))
+                         : tiles),
+        chunks(ceil_div(tiles, chunk)) {}
 
   // The arrays of the workspace, through an Arena or an ArenaSize.
   template <class Taker>
@@ -41,16 +44,23 @@ struct AttendPlan {
     lists.tokens = sets;
     lists.capacity = capacity;
     lists.token_bytes = sizeof(typename C::TokenSet);
-    lists.group_tokens = C::kSingles ? 64 / C::kGroup : 0;
+    lists.warp_tokens = 16 / group;
   }
 
   std::int32_t heads;
   std::int32_t group;
   std::int32_t tile_tokens;
   std::int64_t tiles;
-  std::int64_t chunk;
+  std::int64_t capacity;  // of a list
+  std::int64_t chunk;     // tiles at a time
   std::int64_t chunks;
-  std::int64_t capacity;
+
+ private:
+  // Of a full list.
+  std::int64_t list_bytes() const {
+    return std::max<std::int64_t>(1, capacity) *
+           static_cast<std::int64_t>(sizeof(std::int32_t) + sizeof(typename C::TokenSet));
+  }
 };
 
 template <class C>

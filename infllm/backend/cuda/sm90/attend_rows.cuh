@@ -11,6 +11,10 @@
 
 namespace infllm::cuda::sm90 {
 
+// The same value in all lanes, and the compiler knows: descriptors of wgmma are made in uniform
+// registers then, instead of being moved there before every product.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
 // Where the rows of a lane of a computing warpgroup belong. Everything follows from the tile, which
 // stays in shared memory, and is computed again where it is needed: registers are short.
 template <class C>
@@ -61,18 +65,17 @@ struct Queries {
   __device__ __forceinline__ explicit Queries(const std::byte* rows)
       : desc(tile::smem_desc_k_major(rows)) {}
 
-  // Returns true if shared memory is not needed any more.
-  __device__ __forceinline__ bool hold(const std::byte* rows) {
-    if constexpr (C::kHeld > 0) {
+  // Afterwards shared memory is not needed any more, if kHoldQueries.
+  __device__ __forceinline__ void hold(const std::byte* rows) {
+    if constexpr (C::kHoldQueries) {
       const int lane = static_cast<int>(threadIdx.x % 32);
       const int row = static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane % 16;
 #pragma unroll
-      for (int k = 0; k < C::kHeld; ++k) {
+      for (int k = 0; k < kSteps; ++k) {
         const int unit = (k % 4 * 2 + lane / 16) ^ row % 8;  // swizzled
         tile::ldmatrix_x4(a[k], rows + k / 4 * kPanelBytes + row * 128 + unit * 16);
       }
     }
-    return C::kHeld == kSteps;
   }
 
   template <class Product, int kCount>
@@ -82,7 +85,7 @@ struct Queries {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const std::uint64_t at = k_desc + k / 4 * (panel_bytes / 16) + k % 4 * tile::kStepKMajor;
-      if (k < C::kHeld) {
+      if constexpr (C::kHoldQueries) {
         Product::rs(s, a[k][0], a[k][1], a[k][2], a[k][3], at, k != 0);
       } else {
         Product::ss(s, desc + k / 4 * (kPanelBytes / 16) + k % 4 * tile::kStepKMajor, at, k != 0);

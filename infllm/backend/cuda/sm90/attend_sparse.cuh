@@ -14,43 +14,62 @@ namespace infllm::cuda::sm90 {
 
 // Who wants the next 32 blocks of the list.
 template <class C>
-struct Wishes {
-  // Entry `base` + i is described by bit i of each word.
-  __device__ __forceinline__ void load(const AttendArgs& a, const Rows<C>& rows, int entries,
-                                       int singles, int base) {
+class Wishes {
+ public:
+  __device__ __forceinline__ Wishes(const AttendArgs& a, const Rows<C>& rows, int count,
+                                    int singles)
+      : args_(a), rows_(rows), entries_(rows.in_use() ? count : 0), singles_(singles) {
+    fetch(0);
+  }
+
+  // Entry `base` + i is described by bit i of each word. To be called with 0, 32, 64 ...; reads
+  // ahead, because a warpgroup that waits for memory here makes the others wait.
+  __device__ __forceinline__ void load(int base) {
     constexpr unsigned kAll = 0xffffffff;
-    const int entry = base + static_cast<int>(threadIdx.x % 32);
-    const bool listed = entry < entries && rows.in_use();
-    const std::int64_t at = a.lists.place(rows.tile.index - a.first, entry, singles);
-    typename C::TokenSet set = 0;
-    int block = -1;
-    if (listed) {
-      set = static_cast<const typename C::TokenSet*>(a.lists.tokens)[at];
-      block = a.lists.blocks[at];
-    }
-    group = __ballot_sync(kAll, (set & rows.group_set()) != 0);
-    own = __ballot_sync(kAll, block == rows.own_block());
+    group = __ballot_sync(kAll, (next_set_ & rows_.group_set()) != 0);
+    own = __ballot_sync(kAll, next_block_ == rows_.own_block());
     if constexpr (C::kGroup == 16) {
-      row[0] = __ballot_sync(kAll, set >> rows.warp_token() & 1);
+      row[0] = __ballot_sync(kAll, next_set_ >> rows_.warp_token() & 1);
       row[1] = row[0];
     } else {
-      for (int i = 0; i < max(1, 16 >> rows.group_log2); ++i) {
-        const int token = rows.warp_token() + i;
-        const unsigned word = __ballot_sync(kAll, set >> token & 1);
-        if (rows.token(0) == token) row[0] = word;
-        if (rows.token(1) == token) row[1] = word;
+      for (int i = 0; i < max(1, 16 >> rows_.group_log2); ++i) {
+        const int token = rows_.warp_token() + i;
+        const unsigned word = __ballot_sync(kAll, next_set_ >> token & 1);
+        if (rows_.token(0) == token) row[0] = word;
+        if (rows_.token(1) == token) row[1] = word;
       }
+    }
+    fetch(base + 32);
+  }
+
+  unsigned group = 0;        // some token of this warpgroup
+  unsigned row[2] = {0, 0};  // the tokens of this lane's rows
+  unsigned own = 0;          // it is the tokens' own block
+
+ private:
+  __device__ __forceinline__ void fetch(int base) {
+    const int entry = base + static_cast<int>(threadIdx.x % 32);
+    next_set_ = 0;
+    next_block_ = -1;
+    if (entry < entries_) {
+      const std::int64_t at = args_.lists.place(rows_.tile.index - args_.first, entry, singles_);
+      next_set_ = static_cast<const typename C::TokenSet*>(args_.lists.tokens)[at];
+      next_block_ = args_.lists.blocks[at];
     }
   }
 
-  unsigned group;   // some token of this warpgroup
-  unsigned row[2];  // the tokens of this lane's rows
-  unsigned own;     // it is the tokens' own block
+  const AttendArgs& args_;
+  const Rows<C>& rows_;
+  int entries_;
+  int singles_;
+  typename C::TokenSet next_set_;
+  int next_block_;
 };
 
-// The products of the next wanted block are under way while the sum with this one's weights is
-// made. The ring cannot move on while V is held, so a warpgroup finishes a block before it passes
-// the last stage that may be filled meanwhile.
+// Singles come first, and no step of the warpgroup is under way then. After them the products of
+// the next wanted block are under way while the sum with this one's weights is made. The ring
+// cannot move on while V is held, so a warpgroup finishes a block before it passes the last stage
+// that may be filled meanwhile.
 template <class C>
 __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const AttendArgs& a,
                                                int group) {
@@ -69,7 +88,7 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
     const int entries = work.entries;
     if (tile.index < 0) return;
     const Rows<C> rows(tile, a, group);
-    Wishes<C> wishes{};
+    Wishes<C> wishes(a, rows, entries, work.singles);
     RowState state[2];
     float s[32];
     std::uint32_t p[16];
@@ -79,10 +98,11 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
     float factor[2];
 
     const auto multiply_keys = [&] {
-      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[ring.stage]), kPanelBytes);
+      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[uniform(ring.stage)]),
+                                         kPanelBytes);
     };
     const auto multiply_values = [&](int stage) {
-      const std::uint64_t v_desc = smem_desc_mn_major(shared.v[stage]);
+      const std::uint64_t v_desc = smem_desc_mn_major(shared.v[uniform(stage)]);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
@@ -102,14 +122,9 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
       if (any_wanted) weigh(s, wanted, a.c, state, factor);
     };
     const auto keep_weights = [&] {
-      if (any_wanted) {
-        rescale(o, factor);
+      if (any_wanted) rescale(o, factor);
 #pragma unroll
-        for (int i = 0; i < 16; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) p[i] = 0;
-      }
+      for (int i = 0; i < 16; ++i) p[i] = any_wanted ? pack2<T>(s[2 * i], s[2 * i + 1]) : 0;
     };
     bool own = false;  // the block whose weights are in p
     const auto prepare_values = [&](const RingCursor<C::kStages>& at) {
@@ -119,10 +134,7 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
       if (written < kPageTokens) clear_tail<C>(shared.v[at.stage], written, group);
     };
 
-    mbarrier_wait(&shared.q_full, n & 1);
-    const bool released = queries.hold(shared.q[group]);
-    __syncwarp();
-    if (released && leader) mbarrier_arrive(&shared.q_empty);
+    mbarrier_wait(&shared.q_full[group], n & 1);
     const auto finish = [&](const RingCursor<C::kStages>& at) {
       prepare_values(at);
       multiply_values(at.stage);
@@ -130,34 +142,32 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
       wgmma_pin(o);
       if (leader) mbarrier_arrive(&shared.ring.v_empty[at.stage]);
     };
-    int entry = 0;
-    if constexpr (C::kSingles) {
-      // Each warp walks the singles at its own pace.
-      for (; entry < work.singles; ++entry, ring.advance()) {
-        if (entry % 32 == 0) wishes.load(a, rows, entries, work.singles, entry);
-        const bool mine = (wishes.row[0] >> entry % 32 & 1) != 0;
-        if (mine || leader) mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
-        if (mine) {
-          warp_products<C>(s, shared.q[group], rows.first - group * 64, shared.k[ring.stage]);
-          weigh(s, {true, true}, a.c, state, factor);
-          rescale(o, factor);
+    // A single (union.h): the warp that wants it computes it, the others go ahead.
+    const auto serve_single = [&](unsigned bit) {
+      const bool wanted[2] = {(wishes.row[0] & bit) != 0, (wishes.row[1] & bit) != 0};
+      const bool mine = __any_sync(0xffffffff, wanted[0] || wanted[1]);
+      if (mine || leader) mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
+      if (mine) {
+        warp_products<C>(s, shared.q[group], rows.first - group * 64, shared.k[ring.stage]);
+        weigh(s, wanted, a.c, state, factor);
+        rescale(o, factor);
 #pragma unroll
-          for (int i = 0; i < 16; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
-        }
-        __syncwarp();
-        if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
-        if (mine || leader) mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
-        if (mine) warp_sum<C>(o, p, shared.v[ring.stage]);
-        __syncwarp();
-        if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+        for (int i = 0; i < 16; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
       }
-    }
+      __syncwarp();
+      if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
+      if (mine || leader) mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
+      if (mine) warp_sum<C>(o, p, shared.v[ring.stage]);
+      __syncwarp();
+      if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+    };
     RingCursor<C::kStages> before;
     int pending = -1;  // the entry whose weights are in p, at `before`
-    for (;; ++entry) {
-      if (entry % 32 == 0 && entry < entries) wishes.load(a, rows, entries, work.singles, entry);
+    for (int entry = 0;; ++entry) {
+      if (entry % 32 == 0 && entry < entries) wishes.load(entry);
       const unsigned bit = 1u << entry % 32;
-      if (entry < entries && (wishes.group & bit) != 0) {
+      const bool wanted = entry < entries && (wishes.group & bit) != 0;
+      if (wanted && entry >= work.singles) {
         mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
         multiply_keys();
         if (pending >= 0) {
@@ -181,12 +191,16 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
         pending = entry;
         before = ring;
       } else {
-        if (pending >= 0 && (entry == entries || entry - pending >= C::kStages - 1)) {
+        const bool last = entry == entries;
+        if (last && leader) mbarrier_arrive(&shared.q_empty[group]);
+        if (pending >= 0 && (last || entry - pending >= C::kStages - 1)) {
           finish(before);
           pending = -1;
         }
-        if (entry == entries) break;
-        if (leader) {
+        if (last) break;
+        if (wanted) {
+          serve_single(bit);
+        } else if (leader) {
           mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
           mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
           mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
@@ -196,7 +210,6 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
       }
       ring.advance();
     }
-    if (!released && leader) mbarrier_arrive(&shared.q_empty);
     store_tile<C>(a, rows, state, o);
     __syncwarp();
     if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);

@@ -31,14 +31,15 @@ __device__ void add_token(unsigned long long* sets, int block, int token) {
   atomicOr(sets + block, 1ull << token);
 }
 
-// At most one token of each `group_tokens` neighbours.
+// Tokens of at most one warp of each four.
 template <typename Set>
-__device__ bool is_single(Set set, int group_tokens) {
-  if (group_tokens == 0) return false;
-  const Set group = (Set{1} << group_tokens) - 1;
-  for (; set != 0; set >>= group_tokens) {
-    const Set some = set & group;
-    if ((some & (some - 1)) != 0) return false;
+__device__ bool is_single(Set set, int warp_tokens) {
+  if (warp_tokens == 0) return false;
+  const Set warp = (Set{1} << warp_tokens) - 1;
+  for (; set != 0; set >>= 3 * warp_tokens, set >>= warp_tokens) {
+    int warps = 0;
+    for (int i = 0; i < 4; ++i) warps += (set >> (i * warp_tokens) & warp) != 0;
+    if (warps > 1) return false;
   }
   return true;
 }
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) union_kernel(const UnionArgs a) {
       const int block = span + base + thread;
       const bool wanted = set != 0 && sequence.page(block, a.num_pages) >= 0;
       const bool single =
-          wanted && block < tile.position / kPageTokens && is_single(set, a.lists.group_tokens);
+          wanted && block < tile.position / kPageTokens && is_single(set, a.lists.warp_tokens);
       const unsigned ballots[2] = {__ballot_sync(0xffffffff, wanted && !single),
                                    __ballot_sync(0xffffffff, single)};
       if (lane == 0) counts[warp] = __popc(ballots[0]) | __popc(ballots[1]) << 16;

@@ -4,9 +4,9 @@
 //
 //   list of a tile = blocks b, each with the set of the tile's tokens that chose b
 //
-// First come the blocks that are single: chosen by at most one token of each warpgroup, and before
-// the tile's own block. Both parts ascend. Tokens number from 0 at the tile's first row; ids beyond
-// the token's own block, and blocks whose page does not exist, are left out.
+// First come the singles: blocks that tokens of at most one warp (16 rows) of each four chose, and
+// that end before the tile's first token. Both parts ascend. Tokens number from 0 at the tile's
+// first row; ids beyond the token's own block, and blocks whose page does not exist, are left out.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,8 +28,8 @@ struct UnionLists {
   std::int32_t* blocks = nullptr;   // [tiles, capacity] by place()
   void* tokens = nullptr;           // [tiles, capacity] bit t: token t; 16 bits wide, or 64
   std::int64_t capacity = 0;
-  std::int32_t token_bytes = 2;   // 2 or 8: of a set
-  std::int32_t group_tokens = 0;  // tokens of a warpgroup; 0: nothing counts as single
+  std::int32_t token_bytes = 2;  // 2 or 8: of a set
+  std::int32_t warp_tokens = 0;  // tokens of 16 rows; 0: nothing counts as single
 };
 
 // Entries that a list may need.
