@@ -46,5 +46,5 @@ fi
 if [[ " $parts " == *" model "* ]]; then
   model -p 32768,131072 -n 0 -r 2
   model -p 0 -n 64 -d 32768,131072 -r 2
-  model -p 0 -n 64 -d 1000000 -r 1 --no-warmup --attention sparse
+  model -p 0 -n 64 -d 1000000 -r 1 --no-warmup --no-steps --attention sparse
 fi
