@@ -146,7 +146,7 @@ __global__ void fill_pages(PagePool pool, const std::int32_t* table, int sequenc
 constexpr int kBudget = 96;
 constexpr int kLocal = 33;
 constexpr int kFree = kBudget - kLocal - 1;
-inline __global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256)
     draw_selection(std::int32_t* selection, int tokens, float rho) {
   extern __shared__ float moving[];
   __shared__ int counts[8];

@@ -74,8 +74,12 @@ void examine(const Bed<T>& bed, const Sample<T>& sample, Findings& findings) {
   const std::int64_t token = bed.starts[static_cast<std::size_t>(sample.sequence)] + sample.token;
   for (int g = 0; g < c.group; ++g) {
     const std::int64_t row = (token * bed.heads() + sample.head * c.group + g) * c.dim;
-    std::vector<double> x(count);
+    std::vector<double> q(dim), x(count);
     std::vector<float> xf(count);
+    for (std::size_t d = 0; d < dim; ++d) {
+      const auto at = static_cast<std::uint64_t>(row) + d;
+      q[d] = as_double(stored<T>(bed.scale_of_q * number(kQuery, at)));
+    }
     double top = -INFINITY;
     float top_f = -INFINITY;
     for (std::size_t p = 0; p < count; ++p) {
@@ -84,8 +88,8 @@ void examine(const Bed<T>& bed, const Sample<T>& sample, Findings& findings) {
       for (std::size_t d = 0; d < dim; ++d) {
         const double q = as_double(
             stored<T>(bed.scale_of_q * number(kQuery, static_cast<std::uint64_t>(row) + d)));
-        sum += q * keys[p * dim + d];
-        sum_f += static_cast<float>(q * keys[p * dim + d]);
+        sum += q[d] * keys[p * dim + d];
+        sum_f += static_cast<float>(q[d] * keys[p * dim + d]);
       }
       x[p] = bed.params.scale * sum;
       xf[p] = bed.params.scale * sum_f;
