@@ -86,8 +86,6 @@ void examine(const Bed<T>& bed, const Sample<T>& sample, Findings& findings) {
       double sum = 0;
       float sum_f = 0;
       for (std::size_t d = 0; d < dim; ++d) {
-        const double q = as_double(
-            stored<T>(bed.scale_of_q * number(kQuery, static_cast<std::uint64_t>(row) + d)));
         sum += q[d] * keys[p * dim + d];
         sum_f += static_cast<float>(q[d] * keys[p * dim + d]);
       }
