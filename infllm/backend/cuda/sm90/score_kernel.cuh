@@ -11,9 +11,9 @@
 //
 // G = 16 heads fill the sixteen rows that a warp owns of a matrix product, so a warp is a token and
 // everything behind the product stays inside the warp; smaller groups put several tokens into one.
-// Warpgroups share nothing but the ring: while one computes exponentials, others use the tensor
-// cores. Blocks are persistent, and each warpgroup fetches the queries of its next item while it
-// finishes the current one.
+// Warpgroups share nothing but the ring, and take turns at the tensor cores: while one multiplies,
+// the others compute exponentials. Blocks are persistent, and each warpgroup fetches the queries of
+// its next item while it finishes the current one.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,6 @@
 namespace infllm::cuda::sm90 {
 
 inline constexpr int kPanel = 64;               // elements of a row that lie together: 128 bytes
-inline constexpr int kRowTiles = 2;             // of 64 rows, of a warpgroup
 inline constexpr int kMostShared = 227 * 1024;  // bytes of a block
 
 template <typename Element_, int kHeadDim_, int kGroup_, typename Key_>
@@ -39,19 +38,18 @@ struct ScoreShape {
   static constexpr int kGroup = kGroup_;
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr int kListBytes = kListCapacity * static_cast<int>(sizeof(typename Key::Type));
-  // Two, unless the lists of their tokens would leave no room for keys.
-  static constexpr int kWarpgroups = 2 * kRowTiles * 64 / kGroup * kListBytes <= 64 * 1024 ? 2 : 1;
+  // Four, unless the lists of their tokens would leave no room for keys.
+  static constexpr int kWarpgroups = 4 * 64 / kGroup * kListBytes <= 64 * 1024 ? 4 : 2;
   static constexpr int kWarps = 4 * kWarpgroups;      // of consumers
   static constexpr int kThreads = 32 * kWarps + 128;  // one of the last four warps produces
-  static constexpr int kWarpTokens = 16 / kGroup;     // of one row tile
-  static constexpr int kTileTokens = 64 / kGroup;
-  static constexpr int kGroupTokens = kRowTiles * kTileTokens;
+  static constexpr int kWarpTokens = 16 / kGroup;
+  static constexpr int kGroupTokens = 64 / kGroup;            // of a warpgroup
   static constexpr int kTokens = kWarpgroups * kGroupTokens;  // of an item
   static_assert(kPageTokens % kTokens == 0);
 
   static constexpr int kStageBytes = kTileKeys * kHeadDim * 2;
   static constexpr int kOtherBytes =  // queries, sums, lists, barriers
-      kWarpgroups * kRowTiles * 64 * kHeadDim * 2 + kWarps * kWarpTokens * kTileKeys * 4 +
+      kWarpgroups * 64 * kHeadDim * 2 + kWarps * kWarpTokens * kTileKeys * 4 +
       kTokens * kListBytes + 256;
   static constexpr int kStages = std::min(6, (kMostShared - kOtherBytes) / kStageBytes);
   static_assert(kStages >= 2);
@@ -60,10 +58,10 @@ struct ScoreShape {
 template <typename Shape>
 struct ScoreMemory {
   using Element = typename Shape::Element;
-  Element queries[Shape::kWarpgroups][Shape::kPanels][kRowTiles][64 * kPanel];
+  Element queries[Shape::kWarpgroups][Shape::kPanels][64 * kPanel];
   Element keys[Shape::kStages][Shape::kPanels][kTileKeys * kPanel];
   float sums[Shape::kWarps][Shape::kWarpTokens][kTileKeys];
-  typename Shape::Key::Type best[Shape::kWarps][kRowTiles][Shape::kWarpTokens * kListCapacity];
+  typename Shape::Key::Type best[Shape::kWarps][Shape::kWarpTokens * kListCapacity];
   std::uint64_t full[Shape::kStages];
   std::uint64_t empty[Shape::kStages];
   std::uint64_t queries_full[Shape::kWarpgroups];
@@ -82,13 +80,15 @@ struct RingCursor {
   }
 };
 
+// Named barriers, one for each warpgroup. 0 is __syncthreads().
+inline constexpr int kTurn = 1;
+inline constexpr int kQueriesRead = 5;
+
 struct ScoreMaps {
   CUtensorMap queries;  // [D / 64][T][Hq][64]
   CUtensorMap fine;     // [B Hkv][D / 64][windows][64]
   CUtensorMap coarse;
 };
-
-constexpr int tiles_of(int windows) { return (windows + kTileKeys - 1) / kTileKeys; }
 
 template <typename Shape>
 class ScoreProducer {
@@ -122,32 +122,9 @@ class ScoreProducer {
   RingCursor<Shape::kStages> ring_;
 };
 
-// What a thread keeps of one row tile of its warpgroup: two rows, and the warp's tokens.
-template <typename Shape>
-struct ScoreRows {
-  using Key = typename Shape::Key;
-
-  __device__ explicit ScoreRows(typename Key::Type* lists) : best(lists) {}
-
-  __device__ void clear() {
-    row0 = row1 = RunningNormaliser();
-    best.clear();
-    previous.fill(0);
-  }
-
-  RunningNormaliser row0;
-  RunningNormaliser row1;
-  float lse0 = 0;
-  float lse1 = 0;
-  BestBlocks<Key, Shape::kWarpTokens> best;
-  PerToken<float, Shape::kWarpTokens> previous;  // the last tile's last window
-};
-
 template <typename Shape>
 class ScoreConsumer {
  public:
-  using Rows = ScoreRows<Shape>;
-
   __device__ ScoreConsumer(const ScoreMaps& maps, const ScoreTask& task, ScoreMemory<Shape>& memory,
                            int warp)
       : maps_(maps),
@@ -155,39 +132,35 @@ class ScoreConsumer {
         memory_(memory),
         warp_(warp),
         lane_(threadIdx.x % 32),
-        rows0_(memory.best[warp][0]),
-        rows1_(memory.best[warp][1]) {}
+        best_(memory.best[warp]) {}
 
   __device__ void run() {
     load_queries(blockIdx.x);
+    if (warpgroup() == Shape::kWarpgroups - 1) pass_turn();
     for (std::int64_t i = blockIdx.x; i < task_.items; i += gridDim.x) {
       const ScoreItem item(task_, i, Shape::kTokens);
       if (!item.exists()) continue;
       if (item.scored()) {
         tile::mbarrier_wait(&memory_.queries_full[warpgroup()], queries_phase_);
         queries_phase_ ^= 1;
-        consume(item);
-        tile::named_barrier_sync(1 + warpgroup(), 128);  // nobody reads the queries any more
+        normalise(item);
+        score(item);
         load_queries(i + gridDim.x);
       }
 #pragma unroll 1
-      for (int token = 0; token < Shape::kWarpTokens; ++token) {
-        write(item, rows0_, first_token(0) + token, token);
-        write(item, rows1_, first_token(1) + token, token);
-      }
+      for (int token = 0; token < Shape::kWarpTokens; ++token) write(item, token);
     }
+    if (warpgroup() == 0) await_turn();  // a barrier is left as it was found
   }
 
  private:
   __device__ int warpgroup() const { return warp_ / 4; }
-  // Of the warp's tokens in one row tile, counted within the item.
-  __device__ int first_token(int row_tile) const {
-    return warpgroup() * Shape::kGroupTokens + row_tile * Shape::kTileTokens +
-           warp_ % 4 * Shape::kWarpTokens;
-  }
+  // Of the warp's tokens, counted within the item.
+  __device__ int first_token() const { return warp_ * Shape::kWarpTokens; }
 
   // One thread starts to fetch the queries of the first scored item from `index` on.
   __device__ void load_queries(std::int64_t index) {
+    tile::named_barrier_sync(kQueriesRead + warpgroup(), 128);  // nobody reads the last ones
     if (warp_ % 4 != 0 || lane_ != 0) return;
     for (; index < task_.items; index += gridDim.x) {
       const ScoreItem item(task_, index, Shape::kTokens);
@@ -201,134 +174,112 @@ class ScoreConsumer {
     }
   }
 
-  // Starts the products of one row tile of queries with the ring's tile of keys.
-  __device__ void start(float (&x)[kTileValues], int row_tile) {
+  // Warpgroups take turns at the tensor cores. Left alone they fall into step: all multiply, then
+  // all compute exponentials.
+  __device__ void await_turn() { tile::named_barrier_sync(kTurn + warpgroup(), 256); }
+  __device__ void pass_turn() {
+    tile::named_barrier_arrive(kTurn + (warpgroup() + 1) % Shape::kWarpgroups, 256);
+  }
+
+  // The products of the warpgroup's queries with the ring's next tile of keys.
+  __device__ void multiply(float (&x)[kTileValues]) {
     using Product = tile::Wgmma<typename Shape::Element, kTileKeys, tile::Major::kK>;
+    constexpr int kSteps = Shape::kHeadDim / 16;
     tile::mbarrier_wait(&memory_.full[ring_.slot], ring_.phase);
+    await_turn();
     tile::wgmma_fence();
 #pragma unroll
-    for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      const std::uint64_t q =
-          tile::smem_desc_k_major(memory_.queries[warpgroup()][panel][row_tile]);
-      const std::uint64_t k = tile::smem_desc_k_major(memory_.keys[ring_.slot][panel]);
-#pragma unroll
-      for (int step = 0; step < kPanel / 16; ++step) {
-        Product::ss(x, q + step * tile::kStepKMajor, k + step * tile::kStepKMajor,
-                    panel + step != 0);
-      }
+    for (int step = 0; step < kSteps; ++step) {
+      const int panel = step / (kPanel / 16);
+      const std::uint64_t offset = step % (kPanel / 16) * tile::kStepKMajor;
+      Product::ss(x, tile::smem_desc_k_major(memory_.queries[warpgroup()][panel]) + offset,
+                  tile::smem_desc_k_major(memory_.keys[ring_.slot][panel]) + offset, step != 0);
+      if (step == kSteps - 2) tile::wgmma_commit();
     }
     tile::wgmma_commit();
-  }
-  __device__ void finish(float (&x)[kTileValues]) {
+    tile::wgmma_wait<1>();
+    pass_turn();  // the next warpgroup begins when the last step is about done
     tile::wgmma_wait<0>();
     tile::wgmma_pin(x);
-  }
-  // The warp has done with the ring's tile.
-  __device__ void release() {
     if (lane_ == 0) tile::mbarrier_arrive(&memory_.empty[ring_.slot]);
     ring_.advance();
   }
 
-  // All tiles of keys of an item. While a thread works on the products of one row tile, the tensor
-  // cores make those of the other.
-  __device__ void consume(const ScoreItem& item) {
-    const int norm_tiles = tiles_of(item.norm_windows);
-    const int tiles = norm_tiles + tiles_of(item.score_windows);
-    rows0_.clear();
-    rows1_.clear();
-    const auto use = [&](float(&x)[kTileValues], Rows& rows, int row_tile, int index) {
-      if (index == norm_tiles) {
-        rows.lse0 = rows.row0.finish(task_.exponent);
-        rows.lse1 = rows.row1.finish(task_.exponent);
-      }
-      if (index < norm_tiles) {
-        normalise(x, rows, item.first + first_token(row_tile), index * kTileKeys);
-      } else {
-        score(x, rows, item, first_token(row_tile), (index - norm_tiles) * kTileKeys);
-      }
-    };
-    float x0[kTileValues];
-    float x1[kTileValues];
-    // ptxas serialises products that are in flight where a loop closes.
-    start(x0, 0);
-    finish(x0);
-    for (int index = 0; index + 1 < tiles; ++index) {
-      start(x1, 1);
-      use(x0, rows0_, 0, index);
-      finish(x1);
-      release();
-      start(x0, 0);
-      use(x1, rows1_, 1, index);
-      finish(x0);
-    }
-    start(x1, 1);
-    use(x0, rows0_, 0, tiles - 1);
-    finish(x1);
-    release();
-    use(x1, rows1_, 1, tiles - 1);
-  }
-
-  // Pass 1: logits of windows from `window` on, for tokens from `position` on.
-  __device__ void normalise(float (&x)[kTileValues], Rows& rows, int position, int window) {
+  // Pass 1.
+  __device__ void normalise(const ScoreItem& item) {
+    const int position = item.first + first_token();
     const auto visible = [&](int row) {
       const int length = position + row / Shape::kGroup + 1;
       return task_.fine_normaliser ? fine_windows(length) : coarse_windows(length);
     };
-    if (window + kTileKeys > visible(0)) {
-      const int column = window + lane_ % 4 * 2;
-      hide_columns<0>(x, column, visible(lane_ / 4));
-      hide_columns<1>(x, column, visible(lane_ / 4 + 8));
+    RunningNormaliser row0;
+    RunningNormaliser row1;
+    for (int window = 0; window < item.norm_windows; window += kTileKeys) {
+      float x[kTileValues];
+      multiply(x);
+      if (window + kTileKeys > visible(0)) {
+        const int column = window + lane_ % 4 * 2;
+        hide_columns<0>(x, column, visible(lane_ / 4));
+        hide_columns<1>(x, column, visible(lane_ / 4 + 8));
+      }
+      row0.add<0>(x, task_.exponent);
+      row1.add<1>(x, task_.exponent);
     }
-    rows.row0.template add<0>(x, task_.exponent);
-    rows.row1.template add<1>(x, task_.exponent);
+    lse0_ = row0.finish(task_.exponent);
+    lse1_ = row1.finish(task_.exponent);
   }
 
-  // Pass 2, for tokens from `first` of the item on.
-  __device__ void score(float (&x)[kTileValues], Rows& rows, const ScoreItem& item, int first,
-                        int window) {
+  // Pass 2.
+  __device__ void score(const ScoreItem& item) {
+    best_.clear();
+    previous_.fill(0);
+    for (int window = 0; window < item.score_windows; window += kTileKeys) {
+      float x[kTileValues];
+      multiply(x);
 #pragma unroll
-    for (int i = 0; i < kTileValues; ++i) {
-      x[i] = tile::fast_exp2(fmaf(x[i], task_.exponent, i & 2 ? -rows.lse1 : -rows.lse0));
-    }
-    sum_groups<Shape::kGroup>(x, memory_.sums[warp_]);
-    __syncwarp();
+      for (int i = 0; i < kTileValues; ++i) {
+        x[i] = tile::fast_exp2(fmaf(x[i], task_.exponent, i & 2 ? -lse1_ : -lse0_));
+      }
+      sum_groups<Shape::kGroup>(x, memory_.sums[warp_]);
+      __syncwarp();
 #pragma unroll 1
-    for (int token = 0; token < Shape::kWarpTokens; ++token) {
-      pool(rows, item, item.first + first + token, token, window);
+      for (int token = 0; token < Shape::kWarpTokens; ++token) pool(item, window, token);
+      __syncwarp();
     }
-    __syncwarp();
   }
 
   // The best window of each of the tile's 32 blocks: the four that begin in it, and the one before
   // them, which reaches into it.
-  __device__ void pool(Rows& rows, const ScoreItem& item, int position, int token, int window) {
+  __device__ void pool(const ScoreItem& item, int window, int token) {
+    const int position = item.first + first_token() + token;
     const int block = window / kWindowsPerBlock + lane_;
     const float4 begin =
         *reinterpret_cast<const float4*>(&memory_.sums[warp_][token][kWindowsPerBlock * lane_]);
-    const float carried = rows.previous.get(token);
+    const float carried = previous_.get(token);
     float before = __shfl_up_sync(kWarp, begin.w, 1);
     if (lane_ == 0) before = carried;
-    rows.previous.set(token, __shfl_sync(kWarp, begin.w, 31));
+    previous_.set(token, __shfl_sync(kWarp, begin.w, 31));
     // Only the last window of the block before the own one can be out of sight.
     const float last = block * kWindowsPerBlock + 3 < fine_windows(position + 1) ? begin.w : 0;
     // fmaxf drops NaN, so a broken logit makes a bad score and not a broken order.
     const float score =
         fmaxf(fmaxf(fmaxf(begin.x, begin.y), fmaxf(begin.z, last)), fmaxf(before, 0));
-    rows.best.offer(token, score, block, block >= item.sink && block < item.first_local, item.free);
+    best_.offer(token, score, block, block >= item.sink && block < item.first_local, item.free);
   }
 
-  // The selection of one token, the warp's `token`-th of its row tile.
-  __device__ void write(const ScoreItem& item, Rows& rows, int item_token, int token) {
+  // The selection of one token of the warp.
+  __device__ void write(const ScoreItem& item, int token) {
+    const int item_token = first_token() + token;
     const int position = item.first + item_token;
     if (position < item.begin || position >= item.end) return;
-    if (item.scored()) rows.best.finish(token, item.free);
+    if (item.scored()) best_.finish(token, item.free);
     const std::int64_t row =
         std::int64_t{item.head} * task_.batch.num_tokens + item.token + item_token;
     const int local = item.sink + item.free;
     for (int i = lane_; i < task_.columns; i += 32) {
       int block = -1;
       if (i < local) {
-        block = i < item.sink || !item.scored() ? i : rows.best.chosen(token, i - item.sink);
+        block = i < item.sink || !item.scored() ? i : best_.chosen(token, i - item.sink);
       } else if (item.first_local + i - local <= item.own) {
         block = item.first_local + i - local;
       }
@@ -343,8 +294,10 @@ class ScoreConsumer {
   const int lane_;
   RingCursor<Shape::kStages> ring_;
   std::uint32_t queries_phase_ = 0;
-  Rows rows0_;
-  Rows rows1_;
+  float lse0_ = 0;
+  float lse1_ = 0;
+  BestBlocks<typename Shape::Key, Shape::kWarpTokens> best_;
+  PerToken<float, Shape::kWarpTokens> previous_;  // the last tile's last window
 };
 
 template <typename Shape>
@@ -364,10 +317,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   const int warp = tile::warp_index();
   if (warp >= Shape::kWarps) {
-    if constexpr (Shape::kWarpgroups == 2) tile::setmaxnreg_dec<24>();
+    if constexpr (Shape::kWarpgroups == 4) tile::setmaxnreg_dec<24>();
     if (threadIdx.x == 32 * Shape::kWarps) ScoreProducer<Shape>(maps, task, memory).run();
   } else {
-    if constexpr (Shape::kWarpgroups == 2) tile::setmaxnreg_inc<240>();
+    if constexpr (Shape::kWarpgroups == 4) tile::setmaxnreg_inc<112>();
     ScoreConsumer<Shape>(maps, task, memory, warp).run();
   }
 }

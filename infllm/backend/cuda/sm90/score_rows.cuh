@@ -20,7 +20,7 @@ struct RunningNormaliser {
   float most = -INFINITY;  // raw
   float sum = 0;           // of 2^(exponent (x - most))
 
-  // Row 0 or 1 of the thread's two; columns from `limit` on are not visible.
+  // Row 0 or 1 of the thread's two; hidden columns are -inf.
   template <int kRow>
   __device__ void add(float (&x)[kTileValues], float exponent) {
     float best = most;

@@ -69,6 +69,7 @@ Status launch_shape(const Device& device, const ScoreSelectParams& params, const
                        .items = count_items(p.batch, heads_kv, Shape::kTokens)};
   auto* const kernel = score_select_kernel<Shape>;
   constexpr std::size_t kShared = sizeof(ScoreMemory<Shape>);
+  static_assert(kShared <= kMostShared);
   INFLLM_TRY(to_status("score_select",
                        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             static_cast<int>(kShared))));
@@ -91,10 +92,8 @@ Status with_shape(const ScoreSelectParams& params, Run&& run) {
   const auto with_group = [&]<typename Element, int kHeadDim>() -> Status {
     if (group == 16) return with_key.template operator()<Element, kHeadDim, 16>();
     if (group == 8) return with_key.template operator()<Element, kHeadDim, 8>();
-#ifndef INFLLM_SCORE_SELECT_FEW
     if (group == 4) return with_key.template operator()<Element, kHeadDim, 4>();
     if (group == 2) return with_key.template operator()<Element, kHeadDim, 2>();
-#endif
     return unsupported("score_select: groups of " + std::to_string(group) +
                        " heads; expected 2, 4, 8 or 16");
   };
@@ -113,7 +112,7 @@ bool score_selects(const Backend&, const ScoreSelectParams& params) {
   const std::int32_t dim = p.pages.layout.head_dim;
   const std::int32_t group = p.heads_q / p.pages.layout.kv_heads;
   const bool rounded = p.config.score_rounding == ScoreRounding::kBF16;
-  return p.batch.max_query_length > 1 && (dim == 64 || dim == 128) &&
+  return p.batch.max_query_length > 1 && (dim == 64 || dim == 128) && p.config.local_blocks() > 0 &&
          (group == 16 || group == 8 || group == 4 || (group == 2 && rounded)) &&
          p.config.topk <= kMostWanted && params.select.blocks() <= kMostBlocks;
 }

@@ -2,8 +2,7 @@
 //
 // Score and select in one kernel for steps of more than one token, on Hopper (ops/score_select.h
 // says what it computes, docs/kernels/hopper-score-select.md how). Workspace: the gathered pooled
-// keys, 40 / 64 of a key's bytes for every 64 tokens of context; nothing grows with the tokens of
-// the step.
+// keys, 5/64 of the bytes of the context's keys; nothing grows with the tokens of the step.
 #pragma once
 
 #include <cstddef>
