@@ -3,14 +3,18 @@
 #
 # tools/gpu_bench.sh BUILD RESULTS [PART ...]
 #
-# The measurements of docs/performance.md that an NVIDIA GPU makes, appended to RESULTS. Parts:
-# prefill decode model; all of them by default, some ten minutes on an H200. The attention rows get
-# PyTorch's attention beside them (bench/peers_cuda.py) if python3 has PyTorch with CUDA.
+# The measurements of docs/performance.md that an NVIDIA GPU makes, appended to RESULTS: four minutes
+# on an H200. The attention rows get PyTorch's attention beside them (bench/peers_cuda.py) if python3
+# has PyTorch with CUDA. Parts, all by default:
+#
+#   attention   one layer: prompts of 8K to 128K, all kinds of input, one token of many sequences
+#   model       the 8B shape with generated weights: reading 128K, writing behind 32K and 128K
+#   long        one layer at 512K and 1M, and the 8B shape behind a million tokens
 set -euo pipefail
 [[ $# -ge 2 ]] || { sed -n 's/^# tools/usage: tools/p' "$0" >&2; exit 1; }
 build=$1 results=$2
 shift 2
-parts=${*:-prefill decode model}
+parts=${*:-attention model long}
 cd "$(dirname "$0")/.."
 ours=$(mktemp)
 trap 'rm -f "$ours" "$ours.txt"' EXIT
@@ -19,32 +23,38 @@ run() {
   printf '\n== %s\n' "$*"
   "$@"
 }
-attention() { run "$build/bench/device_bench" --output "$ours" "$@"; }
+attention() { run "$build/bench/device_bench" --repetitions 3 --output "$ours" "$@"; }
 model() {
-  run "$build/infllm" bench --synthetic minicpm4.1-8b --device cuda --jsonl "$results" "$@"
+  run "$build/infllm" bench --synthetic minicpm4.1-8b --device cuda --jsonl "$results" -r 1 "$@"
 }
-
-if [[ " $parts " == *" prefill "* ]]; then
-  attention --tokens 8192,32768,131072,524288,1048576 --input correlated-0.8 --dense-limit 131072
-  for input in random correlated-0.9 correlated-0.7; do
-    attention --tokens 32768,131072 --input "$input" --dense-limit 0
-  done
-  cat docs/*.md docs/kernels/*.md > "$ours.txt"
-  attention --tokens 32768 --input trace --trace-model models/needle-32k --trace-text "$ours.txt"
-fi
-if [[ " $parts " == *" decode "* ]]; then
-  attention --mode decode --input random --tokens 32768,131072 --batch 1,16,64
-fi
-if [[ -s $ours ]]; then
+# Moves the lines of device_bench to RESULTS, with peers if there is PyTorch.
+with_peers() {
   if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     run bench/peers_cuda.py --ours "$ours" --output "$results"
   else
     printf 'no PyTorch with CUDA: results without peers\n' >&2
     cat "$ours" >> "$results"
   fi
+  : > "$ours"
+}
+
+if [[ " $parts " == *" attention "* ]]; then
+  attention --tokens 8192,32768,131072 --input correlated-0.8
+  attention --tokens 32768,131072 --input random --dense-limit 0
+  for input in correlated-0.9 correlated-0.7; do
+    attention --tokens 131072 --input "$input" --dense-limit 0
+  done
+  cat docs/*.md docs/kernels/*.md > "$ours.txt"
+  attention --tokens 32768 --input trace --trace-model models/needle-32k --trace-text "$ours.txt"
+  attention --mode decode --input random --tokens 32768,131072 --batch 1,16,64
+  with_peers
 fi
 if [[ " $parts " == *" model "* ]]; then
-  model -p 32768,131072 -n 0 -r 2
-  model -p 0 -n 64 -d 32768,131072 -r 2
-  model -p 0 -n 64 -d 1000000 -r 1 --no-warmup --no-steps --attention sparse
+  model -p 0 -n 64 -d 32768,131072 --attention sparse
+  model -p 131072 -n 0 --no-warmup --no-steps
+fi
+if [[ " $parts " == *" long "* ]]; then
+  attention --tokens 524288,1048576 --input correlated-0.8 --dense-limit 0
+  with_peers
+  model -p 0 -n 64 -d 1000000 --attention sparse --no-steps
 fi
