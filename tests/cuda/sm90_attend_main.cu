@@ -86,7 +86,8 @@ std::vector<Case> cases() {
                                                    {2111, 65, true}};
   for (const int dim : {128, 64}) {
     for (const int group : {16, 8, 4, 2}) {
-      const std::string tag = "g" + std::to_string(group) + "_d" + std::to_string(dim);
+      const std::string tag =
+          std::string("g").append(std::to_string(group)).append("_d").append(std::to_string(dim));
       const int heads = group == 16 ? 2 : 3;
       all.push_back({"dense_" + tag, heads, group, dim, 0, ragged});
       if (group == 2) continue;
