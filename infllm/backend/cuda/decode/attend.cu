@@ -4,21 +4,21 @@
 #include "infllm/backend/cuda/decode/attend.h"
 #include "infllm/backend/cuda/decode/attend_warp.cuh"
 #include "infllm/backend/cuda/decode/row.cuh"
+#include "infllm/backend/cuda/decode/score_select.h"
 #include "infllm/backend/cuda/numbers.cuh"
 #include "infllm/core/arena.h"
 
 namespace infllm::cuda::decode {
 namespace {
 
-constexpr int kWarps = 4;  // each has 16 tokens of every block
-constexpr int kThreads = 32 * kWarps;
-constexpr int kRingBytes = 96 * 1024;  // of a thread block: two on a multiprocessor of 9.0
-constexpr int kLargestCluster = 16;
-constexpr int kPortableCluster = 8;
+// Four warps share a block of keys, 16 tokens each. Two teams of them alternate where rows are few
+// and every multiprocessor has one thread block; one team where there are more.
+constexpr int kTeamWarps = 4;
+constexpr int kFewTeams = 2;
+constexpr int kTeamRingBytes = 96 * 1024;
 constexpr int kMaxSplits = 64;
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr int kManyPages = 16;  // of a thread block: rather split a row into several clusters
+constexpr int kSplitCluster = 4;
 
 struct Args {
   PagePool pool;
@@ -41,10 +41,11 @@ struct Args {
   float* split_lse;  // [T][Hq][splits]
 };
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kTeams>
 struct Shared {
+  static constexpr int kWarps = kTeams * kTeamWarps;
   static constexpr int kStages =
-      kRingBytes / (kWarps * 2 * kSliceTokens * kDim * static_cast<int>(sizeof(T)));
+      kTeamRingBytes / (kTeamWarps * 2 * kSliceTokens * kDim * static_cast<int>(sizeof(T)));
   static constexpr int kPadded = kDim + 8;  // eight rows of a quad's pairs in different banks
   using Ring = KvRing<T, kDim, kStages>;
 
@@ -52,12 +53,11 @@ struct Shared {
     float warp_o[kWarps][kRowHeads][kPadded];
     float warp_top[kWarps][kRowHeads];
     float warp_sum[kWarps][kRowHeads];
-    float2 parts[kLargestCluster][kRowHeads];  // top and sum; then x: weight
+    float weight[kLargestCluster][kRowHeads];  // of the results of the cluster's blocks
     float lse[kRowHeads];
     // Read by the other blocks of the cluster.
     float o[kRowHeads][kDim];
-    float top[kRowHeads];
-    float sum[kRowHeads];
+    float2 total[kRowHeads];  // maximum and sum
   };
 
   union {
@@ -66,14 +66,32 @@ struct Shared {
   };
 };
 
+// Weights of soft-max results with maximum `top` and sum `sum`, one a lane and kLanes neighbouring
+// lanes together, in the result of them all. Leaves that one's maximum and sum in their place.
+template <int kLanes>
+__device__ __forceinline__ float merge_weight(float& top, float& sum) {
+  const float own = top;
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+  }
+  const float weight = own == -kInfinity ? 0 : tile::fast_exp2(own - top);
+  sum *= weight;
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  return weight;
+}
+
 // One thread block's share of a row.
-template <typename T, int kDim>
+template <typename T, int kDim, int kTeams>
 class Split {
  public:
-  using S = Shared<T, kDim>;
+  using S = Shared<T, kDim, kTeams>;
   using Ring = typename S::Ring;
+  static constexpr int kWarps = S::kWarps;
+  static constexpr int kThreads = 32 * kWarps;
 
-  __device__ Split(const Args& args, const Sequence& sequence, S& shared)
+  __device__ __forceinline__ Split(const Args& args, const Sequence& sequence, S& shared)
       : a_(args),
         sequence_(sequence),
         shared_(shared),
@@ -85,29 +103,39 @@ class Split {
     const int first = static_cast<int>(blockIdx.y) % args.head_tiles * kRowHeads;
     first_head_ = head_kv_ * group + first;
     heads_ = min(kRowHeads, group - first);
+    values_ = static_cast<int>((args.pool.map.value(0) - args.pool.map.key(0)) / sizeof(T));
   }
 
   __device__ __forceinline__ void run() {
     const std::int64_t token = sequence_.first_token;
-    attention_.start(static_cast<const T*>(a_.q) + (token * a_.heads_q + first_head_) * kDim,
-                     heads_, a_.scale);
-    if (a_.selection == nullptr || !sequence_.sparse) {
-      attend_to_share(own_ + 1, [](int i) { return i; });
-      if (a_.early) wait_for_previous();
-    } else {
-      const std::int32_t* chosen =
-          a_.selection + (std::int64_t{head_kv_} * a_.batch.num_tokens + token) * a_.columns;
-      const auto listed = [&](int i) { return __ldcg(chosen + i); };
-      if (a_.early) {
-        const Forced forced(own_, a_.init_blocks, a_.local_blocks, a_.columns);
-        attend_to_share(forced.count(), [&](int i) { return forced.block(i); });
-        wait_for_previous();
-        // In reverse, so that nobody gets the larger share twice.
-        attend_to_share(forced.free,
-                        [&](int i) { return listed(forced.sinks + forced.free - 1 - i); });
-      } else {
-        attend_to_share(min(a_.columns, own_ + 1), listed);
-      }
+    {
+      T* q = shared_.rings[warp_].stages[0].keys;
+      Ring::fetch_rows(q, static_cast<const T*>(a_.q) + (token * a_.heads_q + first_head_) * kDim,
+                       heads_);
+      tile::cp_async_commit();
+      tile::cp_async_wait<0>();
+      __syncwarp();
+      attention_.template start<Ring>(q, a_.scale);
+      __syncwarp();  // before the stage is used again
+    }
+    const std::int32_t* chosen =
+        a_.selection + (std::int64_t{head_kv_} * a_.batch.num_tokens + token) * a_.columns;
+    const bool dense = a_.selection == nullptr || !sequence_.sparse;
+    const Forced forced(own_, a_.init_blocks, a_.local_blocks, a_.columns);
+    Blocks blocks{.total = dense ? own_ + 1 : min(a_.columns, own_ + 1), .list = chosen};
+    if (dense) blocks.list = nullptr;
+    if (a_.early && !dense) {
+      blocks = {.total = forced.count(), .sinks = forced.sinks, .shift = forced.first_local};
+    }
+    // Once, or twice: before and after the selection is there. One instance of the loop, as a cold
+    // instruction costs more than it does.
+#pragma unroll 1
+    for (int turn = 0;; ++turn) {
+      attend_to_share(blocks, turn);
+      if (!a_.early || turn == 1) break;
+      wait_for_previous();
+      if (dense) break;
+      blocks = {.total = forced.free, .list = chosen + forced.sinks};
     }
     merge_warps();
     wait_for_parts();
@@ -116,52 +144,62 @@ class Split {
   }
 
  private:
-  // Of `total` blocks, named by block_of(0 .. total - 1), those that fall to this thread block.
-  template <typename BlockOf>
-  __device__ __forceinline__ void attend_to_share(int total, BlockOf&& block_of) {
-    const int part = static_cast<int>(blockIdx.x);
-    const int parts = static_cast<int>(gridDim.x);
-    const int first = share(total, part, parts);
-    const int end = share(total, part + 1, parts);
+  // What to attend to.
+  struct Blocks {
+    __device__ __forceinline__ int operator[](int i) const {
+      if (list != nullptr) return __ldcg(list + i);
+      return i < sinks ? i : i - sinks + shift;
+    }
+    int total = 0;
+    const std::int32_t* list = nullptr;
+    int sinks = 0;  // without a list: 0 .. sinks - 1, then from `shift` on
+    int shift = 0;
+  };
+
+  // Those that fall to this warp's team, dealt out from the other end in the second turn, so that
+  // nobody gets the larger share twice.
+  __device__ __forceinline__ void attend_to_share(const Blocks& blocks, int turn) {
+    const int teams = static_cast<int>(gridDim.x) * kTeams;
+    const int place = static_cast<int>(blockIdx.x) * kTeams + warp_ / kTeamWarps;
+    const int team = turn == 0 ? place : teams - 1 - place;
+    const int slice = warp_ % kTeamWarps * kSliceTokens;
+    const int first = share(blocks.total, team, teams);
+    const int end = share(blocks.total, team + 1, teams);
     Ring& ring = shared_.rings[warp_];
 
     // Pages of 32 blocks at a time, one a lane, and the next 32 on their way.
-    struct Place {
-      int page;    // -1: none
-      int tokens;  // from the block's first one on
+    int page = -1, next_page;     // -1: none
+    int tokens = 0, next_tokens;  // from the block's first one on
+    const auto look_up = [&](int i) {
+      const int block = i < end ? blocks[i] : -1;
+      next_page = block > own_ ? -1 : sequence_.page(block, a_.pool.num_pages);
+      next_tokens = sequence_.length - block * kPageTokens;
     };
-    const auto look_up = [&](int i) -> Place {
-      const int block = i < end ? block_of(i) : -1;
-      if (block > own_) return {-1, 0};
-      return {sequence_.page(block, a_.pool.num_pages), sequence_.length - block * kPageTokens};
-    };
-    Place places{-1, 0};
-    Place next = look_up(first + lane_);
-    int fetched = first;
-    const auto fetch = [&](int stage) {
-      if (fetched < end) {
-        const int i = (fetched - first) % 32;
-        if (i == 0) {
-          places = next;
-          next = look_up(fetched + 32 + lane_);
+    look_up(first + lane_);
+    int stage = 0;       // that comes next
+    int free_stage = 0;  // that is filled next
+#pragma unroll 1
+    for (int i = first - (S::kStages - 1); i < end; ++i) {
+      if (i >= first) {
+        tile::cp_async_wait<S::kStages - 2>();
+        __syncwarp();  // the stage has arrived for all lanes, and the one before is used up
+      }
+      const int ahead = i + S::kStages - 1;
+      if (ahead < end) {
+        const int lane = (ahead - first) % 32;
+        if (lane == 0) {
+          page = next_page;
+          tokens = next_tokens;
+          look_up(ahead + 32 + lane_);
         }
-        const int page = __shfl_sync(kAllLanes, places.page, i);
-        const int tokens = __shfl_sync(kAllLanes, places.tokens, i) - kSliceTokens * warp_;
-        const int count = page < 0 ? 0 : max(0, min(tokens, kSliceTokens));
-        const int row = kSliceTokens * warp_ * kDim;
-        ring.fetch(stage, a_.pool.plane<const T>(max(page, 0), a_.pool.map.key(head_kv_)) + row,
-                   a_.pool.plane<const T>(max(page, 0), a_.pool.map.value(head_kv_)) + row, count);
-        ++fetched;
+        const int from = max(0, __shfl_sync(kAllLanes, page, lane));
+        const int count = __shfl_sync(kAllLanes, page < 0 ? 0 : tokens, lane) - slice;
+        const T* plane = a_.pool.plane<const T>(from, a_.pool.map.key(head_kv_)) + slice * kDim;
+        ring.fetch(free_stage, plane, plane + values_, max(0, min(count, kSliceTokens)));
+        if (++free_stage == S::kStages) free_stage = 0;
       }
       tile::cp_async_commit();
-    };
-
-    for (int stage = 0; stage < S::kStages - 1; ++stage) fetch(stage);
-    int stage = 0;
-    for (int i = first; i < end; ++i) {
-      tile::cp_async_wait<S::kStages - 2>();
-      __syncwarp();  // the stage has arrived for all lanes, and the one before is used up
-      fetch(stage == 0 ? S::kStages - 1 : stage - 1);
+      if (i < first) continue;
       const int count = ring.counts[stage];
       if (count > 0) attention_.template add<Ring>(ring.stages[stage], count);
       if (++stage == S::kStages) stage = 0;
@@ -169,71 +207,55 @@ class Split {
     __syncwarp();
   }
 
-  // The warps' results become this thread block's: shared_.merge.o, top, sum.
+  // The warps' results become this thread block's: merge.o and merge.total.
   __device__ __forceinline__ void merge_warps() {
     typename S::Merge& m = shared_.merge;
     tile::cp_async_wait<0>();
     __syncthreads();
     attention_.finish(&m.warp_o[warp_][0][0], S::kPadded, m.warp_top[warp_], m.warp_sum[warp_]);
     __syncthreads();
-    const int head = static_cast<int>(threadIdx.x) / (kThreads / kRowHeads);
-    float top = -kInfinity;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, m.warp_top[w][head]);
-    float weight[kWarps];
-    float sum = 0;
+    constexpr int kLanes = kThreads / kRowHeads;  // of a head: 8, or 16
+    const int head = static_cast<int>(threadIdx.x) / kLanes;
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    float top = lane < kWarps ? m.warp_top[lane][head] : -kInfinity;
+    float sum = lane < kWarps ? m.warp_sum[lane][head] : 0;
+    const float weight = merge_weight<kLanes>(top, sum);
+    float o[kDim / kLanes] = {};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      weight[w] = top == -kInfinity ? 0 : tile::fast_exp2(m.warp_top[w][head] - top);
-      sum += weight[w] * m.warp_sum[w][head];
-    }
-    const int lane = static_cast<int>(threadIdx.x) % (kThreads / kRowHeads);
-    for (int d = lane; d < kDim; d += kThreads / kRowHeads) {
-      float o = 0;
+      const float factor = __shfl_sync(kAllLanes, weight, w, kLanes);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) o += weight[w] * m.warp_o[w][head][d];
-      m.o[head][d] = o;
+      for (int d = 0; d < kDim / kLanes; ++d) o[d] += factor * m.warp_o[w][head][d * kLanes + lane];
     }
-    if (lane == 0) {
-      m.top[head] = top;
-      m.sum[head] = sum;
-    }
-    __syncthreads();
+#pragma unroll
+    for (int d = 0; d < kDim / kLanes; ++d) m.o[head][d * kLanes + lane] = o[d];
+    if (lane == 0) m.total[head] = {top, sum};
   }
 
-  // Each block of the cluster puts every parts-th run of kThreads outputs together.
+  // Each block of the cluster puts its share of the outputs together.
   __device__ __forceinline__ void merge_cluster() {
     typename S::Merge& m = shared_.merge;
     const int parts = part_count();
-    const int thread = static_cast<int>(threadIdx.x);
-    for (int i = thread; i < parts * kRowHeads; i += kThreads) {
-      const int head = i % kRowHeads;
-      m.parts[i / kRowHeads][head] = {load_from_part(&m.top[head], i / kRowHeads),
-                                      load_from_part(&m.sum[head], i / kRowHeads)};
+    constexpr int kLanes = static_cast<int>(kLargestCluster);
+    for (int i = static_cast<int>(threadIdx.x); i < kRowHeads * kLanes; i += kThreads) {
+      const int head = i / kLanes;
+      const int part = i % kLanes;
+      float2 total = {-kInfinity, 0};
+      if (part < parts) total = *in_part(&m.total[head], part);
+      float top = total.x;
+      float sum = total.y;
+      const float weight = merge_weight<kLanes>(top, sum);
+      m.weight[part][head] = sum > 0 ? weight / sum : 0;
+      if (part == 0) m.lse[head] = sum > 0 ? top + __log2f(sum) : -kInfinity;
     }
     __syncthreads();
-    if (thread < kRowHeads) {
-      float top = -kInfinity;
-      for (int p = 0; p < parts; ++p) top = fmaxf(top, m.parts[p][thread].x);
-      float sum = 0;
-      for (int p = 0; p < parts; ++p) {
-        const float2 part = m.parts[p][thread];
-        const float factor = part.y > 0 ? tile::fast_exp2(part.x - top) : 0;
-        sum += factor * part.y;
-        m.parts[p][thread].x = factor;
-      }
-      const float scale = sum > 0 ? 1 / sum : 0;
-      for (int p = 0; p < parts; ++p) m.parts[p][thread].x *= scale;
-      m.lse[thread] = sum > 0 ? top + log2f(sum) : -kInfinity;
-    }
-    __syncthreads();
-    for (int i = part_rank() * kThreads + thread; i < heads_ * kDim; i += parts * kThreads) {
+    for (int i = part_rank() * kThreads + static_cast<int>(threadIdx.x); i < heads_ * kDim;
+         i += parts * kThreads) {
       const int head = i / kDim;
       float o = 0;
-#pragma unroll 4
-      for (int p = 0; p < parts; ++p) {
-        o += m.parts[p][head].x * load_from_part(&m.o[head][i % kDim], p);
-      }
+      float* from = &m.o[head][i % kDim];
+#pragma unroll 8
+      for (int p = 0; p < parts; ++p) o += m.weight[p][head] * *in_part(from, p);
       store(first_head_ + head, i % kDim, o, m.lse[head]);
     }
   }
@@ -259,13 +281,15 @@ class Split {
   const int head_kv_;
   const int own_;  // block of the token
   int first_head_;
-  int heads_;  // of the 16 rows that exist
+  int heads_;   // of the 16 rows that exist
+  int values_;  // elements from a head's keys to its values
   WarpAttention<T, kDim> attention_;
 };
 
 // Grid: parts of a row, (KV head, 16 heads of its group), sequences.
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ Args a) {
+template <typename T, int kDim, int kTeams>
+__global__ void __launch_bounds__(32 * kTeamWarps * kTeams, 2 / kTeams)
+    attend_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(128) std::byte memory[];
   start_next();
   if (!a.early) wait_for_previous();
@@ -275,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
     return;
   }
   sequence.length = min(sequence.length, a.batch.max_kv_length);
-  Split<T, kDim>(a, sequence, *reinterpret_cast<Shared<T, kDim>*>(memory)).run();
+  Split<T, kDim, kTeams>(a, sequence, *reinterpret_cast<Shared<T, kDim, kTeams>*>(memory)).run();
 }
 
 // Grid: heads, tokens. A thread has one element.
@@ -288,13 +312,18 @@ __global__ void __launch_bounds__(kDim) merge_kernel(const __grid_constant__ Arg
   const int d = static_cast<int>(threadIdx.x);
   const std::int64_t row = token * a.heads_q + head;
   const float* lse = a.split_lse + row * a.splits;
+  const float* results = a.split_o + row * a.splits * kDim + d;
   float top = -kInfinity;
+#pragma unroll 8
   for (int s = 0; s < a.splits; ++s) top = fmaxf(top, __ldcg(lse + s));
-  float sum = 0, o = 0;
-  for (int s = 0; s < a.splits && top > -kInfinity; ++s) {
-    const float weight = tile::fast_exp2(__ldcg(lse + s) - top);
+  const float base = top == -kInfinity ? 0 : top;
+  float sum = 0;
+  float o = 0;
+#pragma unroll 8
+  for (int s = 0; s < a.splits; ++s) {
+    const float weight = tile::fast_exp2(__ldcg(lse + s) - base);
     sum += weight;
-    o += weight * __ldcg(a.split_o + (row * a.splits + s) * kDim + d);
+    o += weight * __ldcg(results + s * kDim);
   }
   static_cast<T*>(a.o)[row * kDim + d] = to<T>(sum > 0 ? o / sum : 0);
   if (d == 0 && a.lse != nullptr) {
@@ -307,53 +336,58 @@ int head_tiles(const AttendParams& p) {
   return static_cast<int>(ceil_div(p.heads_q / p.pages.layout.kv_heads, kRowHeads));
 }
 
-// How many thread blocks share a row: `splits` times `cluster`.
+// How the device is shared out among the rows.
 struct Shape {
-  Shape(const Device& device, const AttendParams& p, bool clusters) {
-    const std::int64_t rows = std::max<std::int64_t>(
+  Shape(const Device& device, const AttendParams& p) {
+    rows = std::max<std::int64_t>(
         1, std::int64_t{p.batch.num_sequences} * p.pages.layout.kv_heads * head_tiles(p));
-    const std::int64_t blocks =
-        p.selection != nullptr ? p.columns : ceil_div(p.batch.max_kv_length, kPageTokens);
-    const std::int64_t room = std::max<std::int64_t>(1, 2 * device.sm_count / rows);
-    if (!clusters) {
-      cluster = 1;
-      splits = static_cast<int>(
-          std::clamp<std::int64_t>(std::min(room, ceil_div(blocks, 2)), 1, kMaxSplits));
-      return;
-    }
-    // A cluster of 16 needs a free multiprocessor cluster; only few rows can count on it.
-    cluster = static_cast<int>(std::min<std::int64_t>(
-        {room, std::max<std::int64_t>(1, blocks), rows <= 4 ? kLargestCluster : kPortableCluster}));
-    if (cluster > kPortableCluster && cluster < kLargestCluster) cluster = kPortableCluster;
-    // A second launch is worth it when a block would have many pages to read.
-    splits = 1;
-    if (blocks > 16 * cluster) {
-      splits = static_cast<int>(std::clamp<std::int64_t>(
-          std::min(room / cluster, ceil_div(blocks, 8 * cluster)), 1, kMaxSplits));
-    }
+    blocks = std::max<std::int64_t>(
+        1, p.selection != nullptr ? p.columns : ceil_div(p.batch.max_kv_length, kPageTokens));
+    few = 2 * rows <= device.sm_count;
+    room = std::max<std::int64_t>(1, (few ? 1 : 2) * device.sm_count / rows);
   }
 
-  int cluster;
-  int splits;
+  int most_splits() const {
+    return static_cast<int>(std::min<std::int64_t>({room, blocks, kMaxSplits}));
+  }
+
+  std::int64_t rows;
+  std::int64_t blocks;  // of a row, to be attended to
+  std::int64_t room;    // thread blocks of a row that run at once
+  bool few;
 };
 
-template <typename T, int kDim>
-Status launch_rows(const Device& device, const Shape& shape, const AttendParams& p,
-                   const Args& args) {
-  const auto kernel = attend_kernel<T, kDim>;
-  constexpr int kBytes = sizeof(Shared<T, kDim>);
+template <typename T, int kDim, int kTeams>
+Status launch_rows(const Device& device, const Shape& shape, const AttendParams& p, Args args,
+                   bool clusters) {
+  const auto kernel = attend_kernel<T, kDim, kTeams>;
+  constexpr unsigned kThreads = 32 * kTeamWarps * kTeams;
+  constexpr int kBytes = sizeof(Shared<T, kDim, kTeams>);
   INFLLM_TRY(to_status(
       "attend", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)));
-  if (shape.cluster > kPortableCluster) {
-    INFLLM_TRY(to_status(
-        "attend", cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)));
+  Clusters parts{.size = 1, .count = shape.room * shape.rows};
+  if (clusters) {
+    const auto fit = [&](std::int64_t wanted) {
+      return fitting_cluster("attend", kernel, kThreads, kBytes,
+                             static_cast<unsigned>(std::min({shape.room, shape.blocks, wanted})),
+                             shape.rows);
+    };
+    parts = INFLLM_TRY(fit(kLargestCluster));
+    // Many pages for each block: small clusters leave fewer multiprocessors idle, and there is time
+    // for another launch.
+    if (shape.blocks > kManyPages * parts.size) parts = INFLLM_TRY(fit(kSplitCluster));
   }
-  const dim3 grid(static_cast<unsigned>(shape.cluster * shape.splits),
+  const std::int64_t useful = ceil_div(shape.blocks, parts.size == 1 ? 2 : 8 * parts.size);
+  const bool whole = parts.size > 1 && shape.blocks <= kManyPages * parts.size;
+  args.splits = whole ? 1
+                      : static_cast<int>(std::clamp<std::int64_t>(
+                            std::min(parts.count / shape.rows, useful), 1, shape.most_splits()));
+  const unsigned cluster = parts.size;
+  const dim3 grid(cluster * static_cast<unsigned>(args.splits),
                   static_cast<unsigned>(p.pages.layout.kv_heads * args.head_tiles),
                   static_cast<unsigned>(p.batch.num_sequences));
-  INFLLM_TRY(launch_parts(device, "attend", kernel, grid, kThreads, kBytes,
-                          static_cast<unsigned>(shape.cluster), args));
-  if (shape.splits == 1) return {};
+  INFLLM_TRY(launch_parts(device, "attend", kernel, grid, kThreads, kBytes, cluster, args));
+  if (args.splits == 1) return {};
   const dim3 rows(static_cast<unsigned>(p.heads_q), static_cast<unsigned>(p.batch.num_tokens));
   return launch_parts(device, "attend", merge_kernel<T, kDim>, rows, kDim, 0, 1, args);
 }
@@ -361,8 +395,8 @@ Status launch_rows(const Device& device, const Shape& shape, const AttendParams&
 Status run(const Backend& backend, const AttendParams& p, std::span<std::byte> workspace,
            bool clusters) {
   const Device& device = device_of(backend);
-  const Shape shape(device, p, clusters);
-  const std::int64_t results = std::int64_t{p.batch.num_tokens} * p.heads_q * shape.splits;
+  const Shape shape(device, p);
+  const std::int64_t results = std::int64_t{p.batch.num_tokens} * p.heads_q * shape.most_splits();
   Arena arena(workspace);
   Args args{.pool = PagePool(p.pages),
             .batch = p.batch,
@@ -373,21 +407,26 @@ Status run(const Backend& backend, const AttendParams& p, std::span<std::byte> w
             .columns = p.columns,
             .heads_q = p.heads_q,
             .head_tiles = head_tiles(p),
-            .scale = p.scale * kLog2E,
-            .splits = shape.splits};
-  if (p.selection != nullptr && p.follows_select != nullptr) {
+            .scale = p.scale * kLog2E};
+  // Only the kernel of this folder starts the next one when all before it has ended.
+  if (p.selection != nullptr && p.follows_select != nullptr &&
+      scores(p.pages.layout, p.heads_q, p.batch, *p.follows_select)) {
     args.early = true;
     args.init_blocks = p.follows_select->init_blocks;
     args.local_blocks = p.follows_select->local_blocks();
   }
-  if (shape.splits > 1) {
+  if (shape.most_splits() > 1) {
     args.split_o = arena.take<float>(results * p.pages.layout.head_dim);
     args.split_lse = arena.take<float>(results);
   }
   return with_type(p.pages.layout.dtype, [&](auto type) {
     using T = decltype(type);
-    return p.pages.layout.head_dim == 128 ? launch_rows<T, 128>(device, shape, p, args)
-                                          : launch_rows<T, 64>(device, shape, p, args);
+    if (p.pages.layout.head_dim == 128) {
+      return shape.few ? launch_rows<T, 128, kFewTeams>(device, shape, p, args, clusters)
+                       : launch_rows<T, 128, 1>(device, shape, p, args, clusters);
+    }
+    return shape.few ? launch_rows<T, 64, kFewTeams>(device, shape, p, args, clusters)
+                     : launch_rows<T, 64, 1>(device, shape, p, args, clusters);
   });
 }
 
@@ -399,9 +438,7 @@ bool attends(const Backend&, const AttendParams& p) {
 }
 
 std::size_t attend_bytes(const Backend& backend, const AttendParams& p) {
-  const Device& device = device_of(backend);
-  const std::int64_t splits =
-      std::max(Shape(device, p, false).splits, Shape(device, p, true).splits);
+  const int splits = Shape(device_of(backend), p).most_splits();
   if (splits == 1) return 0;
   const std::int64_t results = std::int64_t{p.batch.num_tokens} * p.heads_q * splits;
   ArenaSize size;

@@ -13,19 +13,14 @@ inline constexpr int kRowHeads = 16;
 template <typename T, int kDim>
 class WarpAttention {
  public:
-  // q: [heads][kDim]; rows from `heads` on are zero.
-  __device__ __forceinline__ void start(const T* q, int heads, float scale) {
+  // q: 16 heads, as Ring::fetch_rows() leaves rows behind; those that do not exist are zero.
+  template <typename Ring>
+  __device__ __forceinline__ void start(const T* q, float scale) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     scale_ = scale;
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int head = lane / 4 + j % 2 * 8;
-        const int column = 16 * k + j / 2 * 8 + lane % 4 * 2;
-        q_[k][j] =
-            head < heads ? *reinterpret_cast<const std::uint32_t*>(q + head * kDim + column) : 0;
-      }
+      tile::ldmatrix_x4(q_[k], q + Ring::at(lane % 16, 2 * k + lane / 16));
     }
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {

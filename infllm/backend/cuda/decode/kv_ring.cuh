@@ -19,24 +19,28 @@ template <typename T, int kDim, int kStages>
 struct KvRing {
   static constexpr int kPieces = kDim / kPieceElements;  // of a row
 
-  struct Stage {
+  struct alignas(128) Stage {
     T keys[kSliceTokens * kDim];
     T values[kSliceTokens * kDim];
   };
 
-  // All lanes. Rows from `count` on are zero, so that a product with their weight 0 is 0.
+  // All lanes fetch `count` tokens into a stage.
   __device__ __forceinline__ void fetch(int stage, const T* keys, const T* values, int count) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
     counts[stage] = count;  // every lane the same number
     if (count == 0) return;
+    fetch_rows(stages[stage].keys, keys, count);
+    fetch_rows(stages[stage].values, values, count);
+  }
+
+  // Rows from `count` on are zero, so that a product with their weight 0 is 0.
+  __device__ __forceinline__ static void fetch_rows(T* to, const T* from, int count) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int j = 0; j < kSliceTokens * kPieces / 32; ++j) {
       const int i = 32 * j + lane;
       const int row = i / kPieces;
-      const int from = row * kDim + i % kPieces * kPieceElements;
-      const int to = at(row, i % kPieces);
-      tile::cp_async_16(stages[stage].keys + to, keys + from, row < count);
-      tile::cp_async_16(stages[stage].values + to, values + from, row < count);
+      tile::cp_async_16(to + at(row, i % kPieces), from + row * kDim + i % kPieces * kPieceElements,
+                        row < count);
     }
   }
 

@@ -46,16 +46,8 @@ struct GroupQueries {
 // Sixteen keys as the left operand: a lane has rows lane / 4 and lane / 4 + 8.
 template <typename T, int kDim, int kTiles>
 struct KeyTile {
-  // From two rows; null: none.
-  __device__ __forceinline__ void load(const T* low, const T* high) {
-    const int pair = static_cast<int>(threadIdx.x) % 4;
-    exists[0] = low != nullptr;
-    exists[1] = high != nullptr;
-    load_row(low, pair, words[0]);
-    load_row(high, pair, words[1]);
-  }
-
-  // x[t][2 r + j]: of row lane / 4 + 8 r and head 8 t + 2 (lane % 4) + j.
+  // x[t][2 r + j]: of row lane / 4 + 8 r and head 8 t + 2 (lane % 4) + j. Arbitrary where the page
+  // was -1.
   __device__ __forceinline__ void times(const GroupQueries<T, kDim, kTiles>& q,
                                         float (&x)[kTiles][4]) const {
 #pragma unroll
@@ -78,32 +70,50 @@ struct KeyTile {
   }
 
   uint4 words[2][kDim / 32];
-  bool exists[2];
-
- private:
-  // Past L1: no row is read twice by a block.
-  __device__ __forceinline__ static void load_row(const T* row, int pair, uint4 (&to)[kDim / 32]) {
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) {
-      to[i] = make_uint4(0, 0, 0, 0);
-      if (row != nullptr) to[i] = __ldcg(reinterpret_cast<const uint4*>(row) + 4 * i + pair);
-    }
-  }
 };
 
-// One kind of pooled keys of one sequence and KV head.
-template <typename T, int kDim>
+// Logarithms of the pooled rows of a page.
+inline constexpr int kFineShift = 2;
+inline constexpr int kCoarseShift = 0;
+static_assert(kFineRows == 1 << kFineShift && kCoarseRows == 1 << kCoarseShift);
+
+// One kind of pooled keys of one sequence and KV head, 16 windows at a time. They come in two
+// steps, because pages are found in a table: look_up() asks the table, load() follows the answer.
+template <typename T, int kDim, int kTiles>
 struct PooledPlane {
-  // The row of a window, or null where it or its page does not exist.
-  __device__ __forceinline__ const T* row(const PagePool& pool, const Sequence& sequence,
-                                          int window) const {
-    if (window >= end) return nullptr;
-    const int page = sequence.page(window / rows, pool.num_pages);
-    return page < 0 ? nullptr : pool.plane<const T>(page, offset) + window % rows * kDim;
+  using Tile = KeyTile<T, kDim, kTiles>;
+
+  // The pages of a lane's two rows of tile `tile`, if it is before `end_tile`; -1: no such window,
+  // or its page does not exist.
+  __device__ __forceinline__ int2 look_up(const PagePool& pool, const Sequence& sequence, int tile,
+                                          int end_tile) const {
+    const int window = tile * kTileKeys + static_cast<int>(threadIdx.x) % 32 / 4;
+    const int last = tile < end_tile ? end : 0;
+    return {window < last ? sequence.page(window >> page_shift, pool.num_pages) : -1,
+            window + 8 < last ? sequence.page((window + 8) >> page_shift, pool.num_pages) : -1};
+  }
+
+  // Rows of pages that are -1 stay as they are: reading some other row in their place would be one
+  // that many thread blocks read at once.
+  __device__ __forceinline__ void load(const PagePool& pool, int2 pages, Tile& to) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int row = lane / 4 & ((1 << page_shift) - 1);  // of both: 8 is a multiple of a page
+    load_row(pool.plane<const T>(pages.x, offset) + row * kDim, pages.x >= 0, to.words[0]);
+    load_row(pool.plane<const T>(pages.y, offset) + row * kDim, pages.y >= 0, to.words[1]);
+  }
+
+  // Past L1: a block reads no row twice.
+  __device__ __forceinline__ static void load_row(const T* row, bool exists,
+                                                  uint4 (&to)[kDim / 32]) {
+    if (!exists) return;
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      to[i] = __ldcg(reinterpret_cast<const uint4*>(row) + 4 * i + threadIdx.x % 4);
+    }
   }
 
   std::int64_t offset;  // of the plane in a page
-  int rows;             // of a page
+  int page_shift;       // logarithm of a page's rows
   int end;              // windows that exist
 };
 

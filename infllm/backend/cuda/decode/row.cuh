@@ -13,10 +13,18 @@
 namespace infllm::cuda::decode {
 
 inline constexpr unsigned kAllLanes = 0xffffffff;
+inline constexpr float kInfinity = __builtin_huge_valf();
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
 
-// Where part `index` of `parts` begins when `total` things are shared out.
-__host__ __device__ constexpr int share(int total, int index, int parts) {
-  return static_cast<int>(std::int64_t{total} * index / parts);
+// Blocks of a cluster: what every device of 9.0 takes, and what this one may take.
+inline constexpr unsigned kPortableCluster = 8;
+inline constexpr unsigned kLargestCluster = 16;
+
+// Where part `index` of `parts` begins when `total` things are shared out; total times parts fits
+// 32 bits.
+__device__ __forceinline__ int share(int total, int index, int parts) {
+  return static_cast<int>(static_cast<unsigned>(total * index) / static_cast<unsigned>(parts));
 }
 
 // How the chosen blocks of a token in block `own` come about (ops/select.h): `columns` of them, the
@@ -74,17 +82,22 @@ __device__ __forceinline__ int part_count() {
 #endif
 }
 
-// What `address`, of shared memory, holds in the block of that rank.
-__device__ __forceinline__ float load_from_part(const float* address, int rank) {
+// The same place in the shared memory of the block of that rank, as a generic address.
+template <typename U>
+__device__ __forceinline__ U* in_part(U* address, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const auto own = static_cast<std::uint32_t>(__cvta_generic_to_shared(address));
-  std::uint32_t there;
-  float value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-  return value;
+  std::uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(address), "r"(rank));
+  return reinterpret_cast<U*>(there);
 #else
-  return *address;
+  return address;
+#endif
+}
+
+// Asks for memory to be brought into L2: harmless whatever is there, even if it is written later.
+__device__ __forceinline__ void prefetch(const void* address, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 #endif
 }
 
@@ -106,6 +119,41 @@ Status launch_parts(const Device& device, std::string_view step, void (*kernel)(
   config.attrs = attributes;
   config.numAttrs = device.capability < 90 ? 0 : cluster > 1 ? 2 : 1;
   return to_status(step, cudaLaunchKernelEx(&config, kernel, args));
+}
+
+struct Clusters {
+  unsigned size;
+  std::int64_t count;  // that run at the same time
+};
+
+// The largest clusters, of up to `wanted` blocks, of which `rows` find room on the device at the
+// same time; one that had to wait for another one's end would take as long again. With size 1 the
+// count is a guess: `rows`.
+template <typename Args>
+Result<Clusters> fitting_cluster(std::string_view step, void (*kernel)(Args), unsigned threads,
+                                 std::size_t shared_bytes, unsigned wanted, std::int64_t rows) {
+  if (wanted > kPortableCluster) {
+    INFLLM_TRY(to_status(
+        step, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)));
+  }
+  for (unsigned size = wanted; size > 1;
+       size = size > kPortableCluster ? kPortableCluster : size - 1) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {size, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(size);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int found = 0;
+    if (cudaOccupancyMaxActiveClusters(&found, kernel, &config) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());  // no cluster of that size here
+    }
+    if (found >= rows) return Clusters{size, found};
+  }
+  return Clusters{1, rows};
 }
 
 }  // namespace infllm::cuda::decode

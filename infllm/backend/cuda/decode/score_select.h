@@ -10,6 +10,9 @@
 // On 9.0 the parts are a cluster and the phases follow each other in one launch; elsewhere a phase
 // is a launch. Only device memory says how long the sequences are, so a captured graph follows
 // them.
+//
+// Lengths and page tables are looked at before the kernel in front has ended, so they must come from
+// copies, as a plan's do, and not from that kernel.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +25,9 @@ namespace infllm::cuda::decode {
 // One token per sequence, groups of at most 32 heads, heads of 64 or 128, at most 1M tokens and a
 // window more.
 bool scores(const Backend& backend, const ScoreSelectParams& params);
+// The same, as attend sees it: whether the score_select that it follows was one of these.
+bool scores(const KvLayout& layout, std::int32_t heads_q, const Batch& batch,
+            const SparseConfig& config);
 
 std::size_t score_select_bytes(const Backend& backend, const ScoreSelectParams& params);
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The best of up to kMaxCandidates blocks, by one thread block of kThreads, without sorting: find
-// the K-th largest key by counting, two bits of it at a time, then write the ids of the keys above
-// it and of the first ones that equal it.
+// the K-th largest key, eight bits of it at a time, by counting how often they occur; then write
+// the ids of the keys above it and of the first ones that equal it.
 //
 // Every thread keeps a run of neighbouring candidates in registers, so that a prefix sum over the
 // threads gives ascending ids and breaks ties towards the lower index.
@@ -19,8 +19,8 @@ __device__ __forceinline__ std::uint32_t sort_key(float score, bool to_bf16) {
   return 1 + (to_bf16 ? std::uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(score))}
                       : __float_as_uint(score));
 }
-inline constexpr int kBf16KeyBits = 16;
-inline constexpr int kFloatKeyBits = 32;
+inline constexpr int kBf16KeyBits = 15;
+inline constexpr int kFloatKeyBits = 31;
 
 // What is known of a block after its windows were scored: the best of the four that begin in it,
 // and the last of them, which overlaps the next block too.
@@ -33,7 +33,12 @@ inline constexpr int kMaxCandidates = 16384;  // 1M tokens
 
 template <int kThreads>
 struct TopBlocksShared {
-  uint2 counts[2][kThreads / 32];
+  // By all threads, with a barrier of them before choose_blocks().
+  __device__ __forceinline__ void clear() {
+    for (int i = static_cast<int>(threadIdx.x); i < 4 * 256; i += kThreads) counts[0][i] = 0;
+  }
+
+  std::uint32_t counts[4][256];  // of a digit's values, for each digit
   std::uint32_t sums[kThreads / 32];
 };
 
@@ -59,7 +64,8 @@ class TopBlocks {
       if (i >= count) key[i] = 0;
     }
 
-    const std::uint32_t least = kth_largest(key, need, key_bits, shared);
+    int wanted_equals = need;
+    const std::uint32_t least = kth_largest(key, count, key_bits, shared, wanted_equals);
 
     // In the lower half how many are above it, in the upper one how many equal it.
     std::uint32_t mine = 0;
@@ -67,9 +73,7 @@ class TopBlocks {
     for (int i = 0; i < kRun; ++i) {
       if (i < count) mine += key[i] > least ? 1u : key[i] == least ? 1u << 16 : 0u;
     }
-    std::uint32_t total;
-    const std::uint32_t left = exclusive_sum(mine, shared, total);
-    const int wanted_equals = need - static_cast<int>(total & 0xffff);
+    const std::uint32_t left = exclusive_sum(mine, shared);
     int equals = static_cast<int>(left >> 16);
     int rank = static_cast<int>(left & 0xffff) + min(equals, wanted_equals);
 #pragma unroll
@@ -82,48 +86,67 @@ class TopBlocks {
   }
 
  private:
+  // From shared memory or past L1: other blocks wrote them.
   __device__ __forceinline__ static BlockKeys load(const BlockKeys* keys, int block) {
-    const uint2 pair = __ldcg(reinterpret_cast<const uint2*>(keys) + block);
-    return {pair.x, pair.y};
+    BlockKeys found;
+    asm volatile("ld.volatile.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(found.best), "=r"(found.last)
+                 : "l"(keys + block));
+    return found;
   }
 
-  // The largest number that at least `need` keys reach. Keys that do not exist are 0, which every
-  // number reaches, so they are never asked for.
+  // The largest number that at least `need` keys reach; leaves in `need` how many of those that
+  // equal it belong to them.
   __device__ __forceinline__ static std::uint32_t kth_largest(const std::uint32_t (&key)[kRun],
-                                                              int need, int key_bits,
-                                                              Shared& shared) {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+                                                              int count, int key_bits,
+                                                              Shared& shared, int& need) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    std::uint32_t known = 0;
-    int buffer = 0;
-    for (int shift = key_bits - 2; shift >= 0; shift -= 2, buffer ^= 1) {
-      const std::uint32_t step = 1u << shift;
-      std::uint32_t one_two = 0;  // how many reach known + step, and known + 2 step
-      std::uint32_t three = 0;
+    std::uint32_t known = 0;  // the digits above `shift + 8`
+    int digit = 0;
+    for (int shift = key_bits - 8; shift > -8; shift -= 8, ++digit) {
+      const int low = max(shift, 0);  // the last digit may overlap the one before: it agrees
+      std::uint32_t(&counts)[256] = shared.counts[digit];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        one_two += key[i] >= known + step ? 1u : 0u;
-        one_two += key[i] >= known + 2 * step ? 1u << 16 : 0u;
-        three += key[i] >= known + 3 * step ? 1u : 0u;
+        if (i < count && (digit == 0 || key[i] >> (shift + 8) == known)) {
+          atomicAdd(&counts[key[i] >> low & 0xff], 1u);
+        }
       }
-      one_two = __reduce_add_sync(kAllLanes, one_two);
-      three = __reduce_add_sync(kAllLanes, three);
-      if (lane == 0) shared.counts[buffer][warp] = {one_two, three};
-      __syncthreads();  // one a step: the next step counts in the other buffer
-      uint2 all = lane < kThreads / 32 ? shared.counts[buffer][lane] : uint2{};
-      all.x = __reduce_add_sync(kAllLanes, all.x);
-      all.y = __reduce_add_sync(kAllLanes, all.y);
-      const auto reached = static_cast<std::uint32_t>(need);
-      known += all.y >= reached              ? 3 * step
-               : (all.x >> 16) >= reached    ? 2 * step
-               : (all.x & 0xffff) >= reached ? step
-                                             : 0;
+      __syncthreads();
+      // Every warp looks for the value of this digit: a lane has eight, lane 31 the largest.
+      const uint4 first = reinterpret_cast<const uint4*>(counts)[2 * lane];
+      const uint4 second = reinterpret_cast<const uint4*>(counts)[2 * lane + 1];
+      const std::uint32_t value[8] = {first.x,  first.y,  first.z,  first.w,
+                                      second.x, second.y, second.z, second.w};
+      std::uint32_t sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += value[i];
+      std::uint32_t reached = sum;  // keys with at least this lane's values
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const std::uint32_t above = __shfl_down_sync(kAllLanes, reached, step);
+        if (lane + step < 32) reached += above;
+      }
+      std::uint32_t above = reached - sum;
+      int found = 8 * lane + 7;
+#pragma unroll
+      for (int i = 7; i > 0; --i) {
+        if (above + value[i] < static_cast<std::uint32_t>(need) && found == 8 * lane + i) {
+          above += value[i];
+          --found;
+        }
+      }
+      const unsigned enough = __ballot_sync(kAllLanes, reached >= static_cast<std::uint32_t>(need));
+      const int owner = 31 - __clz(enough);
+      need -= static_cast<int>(__shfl_sync(kAllLanes, above, owner));
+      known = (low == 0 && shift < 0 ? known >> -shift << 8 : known << 8) |
+              static_cast<std::uint32_t>(__shfl_sync(kAllLanes, found, owner));
     }
     return known;
   }
 
-  __device__ __forceinline__ static std::uint32_t exclusive_sum(std::uint32_t mine, Shared& shared,
-                                                                std::uint32_t& total) {
+  __device__ __forceinline__ static std::uint32_t exclusive_sum(std::uint32_t mine,
+                                                                Shared& shared) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     std::uint32_t sum = mine;
@@ -135,7 +158,6 @@ class TopBlocks {
     if (lane == 31) shared.sums[warp] = sum;
     __syncthreads();
     const std::uint32_t warp_sum = lane < kThreads / 32 ? shared.sums[lane] : 0;
-    total = __reduce_add_sync(kAllLanes, warp_sum);
     return __reduce_add_sync(kAllLanes, lane < warp ? warp_sum : 0) + sum - mine;
   }
 };

@@ -17,9 +17,9 @@
 #include <thread>
 #include <vector>
 
-#include "bench/cuda/decode_case.cuh"
+#include "tests/cuda/decode_case.cuh"
 
-namespace infllm::decode_bench {
+namespace infllm::decode_check {
 
 inline constexpr double kInf = HUGE_VAL;
 
@@ -212,8 +212,8 @@ class Reference {
     if (!right) {
       ++v.selection_wrong;
       std::string list;
-      for (int i = 0; i < std::min(columns, 12); ++i) list += " " + std::to_string(chosen[i]);
-      complain(v, sequence, group, "selection" + list);
+      for (int i = 0; i < std::min(columns, 12); ++i) list += std::to_string(chosen[i]) + ' ';
+      complain(v, sequence, group, "selection begins with " + list);
     }
     return got;
   }
@@ -297,4 +297,4 @@ class Reference {
   std::vector<std::uint16_t> q_;
 };
 
-}  // namespace infllm::decode_bench
+}  // namespace infllm::decode_check

@@ -2,21 +2,22 @@
 //
 // The decode rows of the CUDA columns by themselves: every result against float64, then times.
 //
-//   decode_bench check     exits with 1 if anything is off; a line for each shape
-//   decode_bench tiny      a few of them, for compute-sanitizer
-//   decode_bench time      microseconds of one layer, out of a graph of several layers with caches
-//   of
-//                          their own, and the bytes that the specification counts over that time
+//   decode_main check   exits with 1 if anything is off; a line for each shape
+//   decode_main tiny    a few of them, for compute-sanitizer
+//   decode_main time    microseconds of one layer, out of a graph of several layers with caches of
+//                       their own, and the bytes that the algorithm must read over that time
+//   decode_main time 16 128 64 32dense ...
+//                       of batches and thousands of tokens
 #include <cstring>
 #include <functional>
 #include <tuple>
 
-#include "bench/cuda/decode_case.cuh"
-#include "bench/cuda/decode_reference.h"
 #include "infllm/backend/cuda/decode/attend.h"
 #include "infllm/backend/cuda/decode/score_select.h"
+#include "tests/cuda/decode_case.cuh"
+#include "tests/cuda/decode_reference.cuh"
 
-namespace infllm::decode_bench {
+namespace infllm::decode_check {
 namespace {
 
 using cuda::Device;
@@ -283,11 +284,19 @@ void report(const Backend& backend, int batch, int context, bool dense, bool clu
   std::fflush(stdout);
 }
 
-int run(const std::string& what) {
+int run(const std::vector<std::string>& words) {
+  const std::string what = words.empty() ? std::string("check") : words[0];
   auto device = cuda::open_device(0);
   if (!device.ok()) must(device.status());
   Backend backend{.name = "cuda:0"};
   backend.state = device.value();
+  if (what == "time" && words.size() > 1) {
+    for (std::size_t i = 1; i + 1 < words.size(); i += 2) {
+      report(backend, std::stoi(words[i]), 1024 * std::stoi(words[i + 1]),
+             words[i + 1].ends_with("dense"), true);
+    }
+    return 0;
+  }
   if (what == "time") {
     for (const auto& [batch, context] : {std::tuple{1, 8},
                                          {1, 32},
@@ -318,6 +327,8 @@ int run(const std::string& what) {
 }
 
 }  // namespace
-}  // namespace infllm::decode_bench
+}  // namespace infllm::decode_check
 
-int main(int argc, char** argv) { return infllm::decode_bench::run(argc > 1 ? argv[1] : "check"); }
+int main(int argc, char** argv) {
+  return infllm::decode_check::run(std::vector<std::string>(argv + 1, argv + argc));
+}

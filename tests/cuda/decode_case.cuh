@@ -22,7 +22,7 @@
 #include "infllm/ops/attend.h"
 #include "infllm/ops/score_select.h"
 
-namespace infllm::decode_bench {
+namespace infllm::decode_check {
 
 inline void must(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -260,4 +260,4 @@ struct Case {
   std::vector<KvPages> pools;
 };
 
-}  // namespace infllm::decode_bench
+}  // namespace infllm::decode_check
