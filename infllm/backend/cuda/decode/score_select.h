@@ -11,8 +11,8 @@
 // is a launch. Only device memory says how long the sequences are, so a captured graph follows
 // them.
 //
-// Lengths and page tables are looked at before the kernel in front has ended, so they must come from
-// copies, as a plan's do, and not from that kernel.
+// Lengths and page tables are looked at before the kernel in front has ended, so they must come
+// from copies, as a plan's do, and not from that kernel.
 #pragma once
 
 #include <cstddef>
