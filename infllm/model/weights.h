@@ -46,7 +46,7 @@ struct Weights {
 
 struct LoadOptions {
   std::optional<WeightFormat> format;  // null: default_format()
-  std::int32_t int8_group_size = 0;  // of kI8: inputs that share a scale; 0: the whole row
+  std::int32_t int8_group_size = 0;    // of kI8: inputs that share a scale; 0: the whole row
   // Called after every tensor, from the calling thread; counts bytes of the source.
   std::function<void(std::int64_t done, std::int64_t total)> on_progress;
   // Asked between tensors; true ends the load with kCancelled.
