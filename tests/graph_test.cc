@@ -41,6 +41,9 @@ TEST_P(GraphTest, ReplayReadsTheArraysAnew) {
   const Buffer normed = poisoned(backend, tokens * width, type);
   const Buffer gate_up = poisoned(backend, tokens * 2 * wide, type);
   const Buffer y = allocate(backend, bytes(tokens * wide)).value();
+  const LinearParams product{
+      .weight = &weight, .tokens = tokens, .x = normed.data(), .y = gate_up.data()};
+  const Buffer workspace = allocate(backend, linear_workspace_bytes(backend, product)).value();
   const auto steps = [&]() -> Status {
     INFLLM_TRY(rms_norm(backend, {.tokens = tokens,
                                   .width = width,
@@ -48,9 +51,7 @@ TEST_P(GraphTest, ReplayReadsTheArraysAnew) {
                                   .weight = norm.data(),
                                   .epsilon = 1e-5f,
                                   .y = normed.data()}));
-    INFLLM_TRY(
-        linear(backend,
-               {.weight = &weight, .tokens = tokens, .x = normed.data(), .y = gate_up.data()}, {}));
+    INFLLM_TRY(linear(backend, product, {workspace.data(), workspace.bytes()}));
     return swiglu(backend, {.tokens = tokens, .width = wide, .x = gate_up.data(), .y = y.data()});
   };
   const auto fill = [&](const Buffer& buffer, std::int64_t count, double scale) {

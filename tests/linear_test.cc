@@ -82,6 +82,10 @@ std::vector<Product> products() {
     // Sizes that are no multiple of anything; stacked matrices; a residual sum.
     list.push_back({format, group, 1, 131, {65}, 1, false, DType::kBF16});
     list.push_back({format, group, 3, 2064, {40, 24}, 0.5f, true, DType::kF32});
+    // One token: whole and cut stages of a device's stream of weights.
+    list.push_back({format, group, 1, 512, {1030}, 1, false, DType::kBF16});
+    list.push_back({format, group, 1, 4096, {300, 7}, 0.5f, true, DType::kF32});
+    list.push_back({format, group, 1, 16384, {41}, 1, false, DType::kF32});
     list.push_back({format, group, 9, 131, {1, 70, 33}, 1, false, DType::kF32});
     list.push_back({format, group, 3, 300, {64, 64}, 0.3f, true, DType::kBF16});
     list.push_back({format, group, 17, 577, {130}, -1.5f, true, DType::kF32});

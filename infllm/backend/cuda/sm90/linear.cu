@@ -1,14 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// y = alpha x W^T + beta y for one token. The rows of W are shared out evenly among as many thread
-// blocks as there are multiprocessors. In each, one thread keeps a ring of stages filled with bulk
-// copies; 256 threads hold x in registers, eight columns in kVectors places each, and turn a row at
-// a time into 256 partial sums. Those of eight rows are folded over the lanes of a warp together:
-// 9 exchanges where eight single rows would take 40. What the warps have left over is added up
-// once, at the end.
+// y = alpha x W^T + beta y for one token. The rows of W are shared out evenly among two thread
+// blocks a multiprocessor. In each, one thread keeps a ring of stages, a row or a few, 8 KB, filled
+// with bulk copies; 256 threads hold x in registers, eight columns in kVectors places each, and
+// turn a row at a time into 256 partial sums. Those of eight rows are folded over the lanes of a
+// warp together: 9 exchanges where eight single rows would take 40. What the warps have left over
+// is added up once, at the end.
 //
-// A stage of 8 KB is due every 450 cycles at 4.2 TB/s; a warp needs 130 for it. The ring is at most
-// half of the shared memory: the next product's blocks fit beside it and fill theirs meanwhile.
+// The kernel behind is let in when the last copy has been asked for: its own first copies then
+// arrive while this one's last rows are multiplied, and memory rests less. Measured for the
+// products, norms and SwiGLU of a layer of 8B (bench/probes/linear_probe.cu), microseconds on an
+// H200:
+//
+//   123.8  two blocks of 110 KB, kernel behind let in late          (91% of 4.2 TB/s)
+//   127.1  the same, stages of W dealt out to the blocks in turn (another run: 125.5)
+//   130.6  the same, the widest product through cuBLASLt
+//   128.3  three blocks of 72 KB, stages in turn; four or eight blocks, of which two fit: 135, 153
+//   138.2  one block of 110 KB, let in late; let in at the start: 137.7
 #include <algorithm>
 
 #include "infllm/backend/cuda/launch.cuh"
@@ -31,7 +39,8 @@ constexpr int kMaxVectors = 8;
 constexpr int kFolded = 8;  // rows that are folded together
 constexpr int kStageBytes = 8192;
 constexpr int kMaxStages = 16;
-constexpr int kSharedBytes = 110 << 10;
+constexpr int kBlocksPerProcessor = 2;
+constexpr int kSharedBytes = 110 << 10;  // of a block
 constexpr int kMaxPartialBytes = 46 << 10;
 
 struct Stream {
@@ -44,8 +53,20 @@ struct Stream {
   int units;       // of 16 bytes in a row
   int row_bytes;   // of W
   int stage_rows;  // rows of a stage
-  int stages;
-  int max_rows;  // of a block
+  int stages;      // of the ring
+};
+
+// The rows of W of one block.
+struct Share {
+  __device__ explicit Share(const Stream& s) {
+    const auto begin = [&](std::int64_t block) {
+      return static_cast<int>(block * s.outputs / gridDim.x);
+    };
+    first = begin(blockIdx.x);
+    rows = begin(std::int64_t{blockIdx.x} + 1) - first;
+  }
+  int first;
+  int rows;
 };
 
 // Where things are in dynamic shared memory, after the ring.
@@ -74,16 +95,17 @@ struct Cursor {
   }
 };
 
-__device__ void load_rows(const Stream& s, const Shared& shared, int first_row, int rows) {
+__device__ void load_rows(const Stream& s, const Shared& shared, const Share& share) {
   Cursor cursor;
-  for (int row = 0; row < rows; row += s.stage_rows) {
+  for (int row = 0; row < share.rows; row += s.stage_rows) {
     // The first round finds every stage empty: a barrier that nobody arrived at has "finished" the
     // phase before its first.
     mbarrier_wait(&shared.empty[cursor.slot], cursor.parity ^ 1);
-    const auto bytes = static_cast<std::uint32_t>(min(s.stage_rows, rows - row)) * s.row_bytes;
+    const auto bytes =
+        static_cast<std::uint32_t>(min(s.stage_rows, share.rows - row)) * s.row_bytes;
     mbarrier_arrive_expect_tx(&shared.full[cursor.slot], bytes);
     tma_load_1d(&shared.full[cursor.slot], shared.ring + cursor.slot * s.stage_rows * s.row_bytes,
-                s.weight + std::int64_t{first_row + row} * s.row_bytes, bytes);
+                s.weight + std::int64_t{share.first + row} * s.row_bytes, bytes);
     cursor.advance(s.stages);
   }
 }
@@ -154,11 +176,7 @@ template <typename T, int kVectors>
 __global__ void __launch_bounds__(kThreads) stream_kernel(Stream s) {
   extern __shared__ __align__(128) std::byte memory[];
   const Shared shared(memory, s);
-  const auto blocks = static_cast<std::int64_t>(gridDim.x);
-  const auto first_row = static_cast<int>(blockIdx.x * std::int64_t{s.outputs} / blocks);
-  const auto end_row = static_cast<int>((blockIdx.x + 1) * std::int64_t{s.outputs} / blocks);
-  const int rows = end_row - first_row;
-  start_next();
+  const Share share(s);
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.stages; ++i) {
       mbarrier_init(&shared.full[i], 1);
@@ -168,18 +186,21 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(Stream s) {
   }
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
-    if (threadIdx.x == kConsumers) load_rows(s, shared, first_row, rows);
+    if (threadIdx.x == kConsumers) {
+      load_rows(s, shared, share);
+      start_next();
+    }
     wait_for_previous();
   } else {
     wait_for_previous();
-    multiply_rows<T, kVectors>(s, shared, rows);
+    multiply_rows<T, kVectors>(s, shared, share.rows);
   }
   __syncthreads();
-  for (int row = static_cast<int>(threadIdx.x); row < rows; row += kThreads) {
+  for (int row = static_cast<int>(threadIdx.x); row < share.rows; row += kThreads) {
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) sum += shared.partial[row * kWarps + warp];
-    T* out = static_cast<T*>(s.y) + first_row + row;
+    T* out = static_cast<T*>(s.y) + share.first + row;
     *out = to<T>(s.beta != 0 ? s.alpha * sum + s.beta * to_float(*out) : s.alpha * sum);
   }
 }
@@ -196,17 +217,19 @@ Status launch_stream(const Device& device, const Stream& s, std::size_t shared_b
   INFLLM_TRY(to_status(
       "linear",
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)));
-  return launch(device, "linear", kernel, static_cast<unsigned>(device.sm_count), kThreads,
+  return launch(device, "linear", kernel,
+                static_cast<unsigned>(kBlocksPerProcessor * device.sm_count), kThreads,
                 shared_bytes, s);
 }
 
 }  // namespace
 
 bool multiplies(const LinearParams& p) {
-  constexpr std::int64_t kFewestBlocks = 64;  // of any Hopper device
+  constexpr std::int64_t kFewestBlocks = kBlocksPerProcessor * 64;  // of any Hopper device
+  constexpr std::int64_t kMostRows = kMaxPartialBytes / (kWarps * sizeof(float));
   return p.tokens == 1 && p.weight->inputs % kVector == 0 &&
          p.weight->inputs <= kMaxVectors * kColumns &&
-         p.weight->outputs / kFewestBlocks < kMaxPartialBytes / static_cast<int>(4 * kWarps);
+         p.weight->outputs / kFewestBlocks < kMostRows;
 }
 
 Status linear(const Backend& backend, const LinearParams& p, std::span<std::byte>) {
@@ -220,9 +243,10 @@ Status linear(const Backend& backend, const LinearParams& p, std::span<std::byte
            .units = static_cast<int>(p.weight->inputs / kVector),
            .row_bytes = static_cast<int>(p.weight->inputs * 2)};
   s.stage_rows = std::max(1, kStageBytes / s.row_bytes);
-  s.max_rows = s.outputs / device.sm_count + 1;
   const int stage_bytes = s.stage_rows * s.row_bytes;
-  const int others = s.max_rows * kWarps * 4 + 2 * kMaxStages * 8;
+  const int max_rows = s.outputs / (kBlocksPerProcessor * device.sm_count) + 1;
+  const int others = max_rows * kWarps * static_cast<int>(sizeof(float)) +
+                     2 * kMaxStages * static_cast<int>(sizeof(std::uint64_t));
   s.stages = std::min(kMaxStages, (kSharedBytes - others) / stage_bytes);
   const auto shared_bytes = static_cast<std::size_t>(s.stages * stage_bytes + others);
   return with_type(backend.kernels->activation,
