@@ -16,8 +16,9 @@ build=$1 results=$2
 shift 2
 parts=${*:-attention model long}
 cd "$(dirname "$0")/.."
-ours=$(mktemp)
-trap 'rm -f "$ours" "$ours.txt"' EXIT
+ours=$results.part  # stays behind, with what was measured, when the peers do not come to an end
+text=$(mktemp)
+trap 'rm -f "$text"' EXIT
 
 run() {
   printf '\n== %s\n' "$*"
@@ -35,7 +36,7 @@ with_peers() {
     printf 'no PyTorch with CUDA: results without peers\n' >&2
     cat "$ours" >> "$results"
   fi
-  : > "$ours"
+  rm "$ours"
 }
 
 if [[ " $parts " == *" attention "* ]]; then
@@ -44,8 +45,8 @@ if [[ " $parts " == *" attention "* ]]; then
   for input in correlated-0.9 correlated-0.7; do
     attention --tokens 131072 --input "$input" --dense-limit 0
   done
-  cat docs/*.md docs/kernels/*.md > "$ours.txt"
-  attention --tokens 32768 --input trace --trace-model models/needle-32k --trace-text "$ours.txt"
+  cat docs/*.md docs/kernels/*.md > "$text"
+  attention --tokens 32768 --input trace --trace-model models/needle-32k --trace-text "$text"
   attention --mode decode --input random --tokens 32768,131072 --batch 1,16,64
   with_peers
 fi
