@@ -4,6 +4,7 @@
 #pragma once
 
 #include "infllm/backend/cpu/attend-inl.h"
+#include "infllm/backend/cpu/attend_backward-inl.h"
 #include "infllm/backend/cpu/compress-inl.h"
 #include "infllm/backend/cpu/host.h"
 #include "infllm/backend/cpu/kv_cache-inl.h"
@@ -32,6 +33,7 @@ const Kernels& kernels() {
       .score = {&run_score, &score_bytes},
       .select = {&run_select},
       .attend = {&run_attend, &attend_bytes},
+      .attend_backward = {&run_attend_backward, &attend_backward_bytes},
       .pack_linear = &cpu::pack_linear,
       .linear = {&run_linear, &linear_workspace},
       .upload_table = &cpu::upload_table,
