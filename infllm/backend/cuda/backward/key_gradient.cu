@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// dK and dV of a block of 64 keys, 16 keys a warp. A thread block walks the tokens that chose the
+// block (choosers.h), 64 rows (token, head of the group) at a time:
+//
+//   S^T = K Q^T   dP^T = V dO^T   ->   P^T, dS^T   ->   dV += P^T dO,  dK += dS^T Q
+//
+// The products are turned round, so that the first ones' results are, packed to 16 bits, the left
+// operands of the last ones. K and V stay in shared memory, stages of Q and dO are loaded one
+// ahead by cp.async, and where a stage's rows lie is looked up one stage before that. Nothing is
+// computed for tokens that did not choose the block; only the block's own tokens, which are the
+// first ones of its list, need a mask.
+//
+// A cut list's parts write float sums, which reduce_kernel adds up in their order.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "infllm/backend/cuda/backward/passes.h"
+#include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/sm80/smem_tile.cuh"
+#include "infllm/backend/cuda/tile/control.cuh"
+
+namespace infllm::cuda::backward {
+namespace {
+
+using sm80::SmemTile;
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * 32;
+constexpr int kRows = 64;  // of a stage
+constexpr int kResident = 2;
+constexpr int kReduceThreads = 256;
+
+// Where a stage's rows lie, and what their weights need.
+struct StageRows {
+  std::int32_t row[kRows];   // in [T, Hq], -1: none
+  std::int32_t keys[kRows];  // visible ones of the block
+  float lse[kRows];
+  float delta[kRows];
+};
+
+template <int D>
+struct Shared {
+  std::byte k[kPageTokens * 2 * D];
+  std::byte v[kPageTokens * 2 * D];
+  std::byte q[2][kRows * 2 * D];
+  std::byte grad_o[2][kRows * 2 * D];
+  StageRows rows[3];
+};
+
+// A block and what is written of it.
+struct Target {
+  __device__ Target(const BackwardArgs& a, std::int64_t block_index)
+      : chosen(a.choosers.blocks[block_index]),
+        block(static_cast<int>(block_index % a.choosers.max_blocks)),
+        index(static_cast<int>(block_index / a.choosers.max_blocks % a.batch.num_sequences)),
+        head(static_cast<int>(block_index / a.choosers.max_blocks / a.batch.num_sequences)) {}
+
+  const ChosenBlock chosen;
+  const int block;
+  const int index;  // of the sequence
+  const int head;
+};
+
+// Keys of the sequences before this one. All lanes of a warp call it.
+__device__ std::int64_t keys_before(const Batch& batch, int index) {
+  long long sum = 0;
+  for (int b = static_cast<int>(threadIdx.x) % 32; b < index; b += 32) sum += batch.kv_length[b];
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+  return sum;
+}
+
+template <typename T, int D>
+class KeyGradient {
+ public:
+  using Smem = SmemTile<D>;
+
+  __device__ KeyGradient(const BackwardArgs& args, Shared<D>& shared, const Target& target,
+                         int part)
+      : a_(args),
+        shared_(shared),
+        target_(target),
+        sequence_(args.batch, target.index),
+        warp_(tile::warp_index()),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        part_(part),
+        page_(sequence_.page(target.block, args.pool.num_pages)),
+        listed_(args.choosers.tokens != nullptr && sequence_.sparse) {
+    const int first = part < 0 ? 0 : part * a_.choosers.part_tokens;
+    const int count =
+        part < 0 ? target.chosen.count : min(a_.choosers.part_tokens, target.chosen.count - first);
+    first_ = first;
+    rows_ = page_ < 0 ? 0 : std::int64_t{count} * a_.group;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) grad_k_[n][e] = grad_v_[n][e] = 0;
+    }
+  }
+
+  __device__ void run() {
+    const int stages = static_cast<int>((rows_ + kRows - 1) / kRows);
+    if (stages > 0) {
+      const int keys = sequence_.length - target_.block * kPageTokens;
+      load_plane(shared_.k, a_.pool.map.key(target_.head), keys);
+      load_plane(shared_.v, a_.pool.map.value(target_.head), keys);
+      look_up(0);
+      __syncthreads();
+      load_stage(0);
+      look_up(1);
+    }
+    for (int j = 0; j < stages; ++j) {
+      tile::cp_async_wait<0>();
+      __syncthreads();  // stage j has arrived, stage j - 1 is done with, rows j + 1 are known
+      if (j + 1 < stages) load_stage(j + 1);
+      look_up(j + 2);
+      add_stage(j);
+    }
+    if (part_ < 0) {
+      write();
+    } else {
+      write_part();
+    }
+  }
+
+ private:
+  __device__ void load_plane(std::byte* to, std::int64_t offset, int keys) {
+    Smem::template load<kPageTokens, kThreads>(to, a_.pool.plane<const std::byte>(page_, offset),
+                                               keys);
+  }
+
+  // The first threads find the rows of a stage.
+  __device__ void look_up(int stage) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= kRows) return;
+    StageRows& rows = shared_.rows[stage % 3];
+    const std::int64_t r = std::int64_t{stage} * kRows + i;
+    if (r >= rows_) {
+      rows.row[i] = -1;
+      rows.keys[i] = kPageTokens;
+      rows.lse[i] = INFINITY;  // weights of zero
+      rows.delta[i] = 0;
+      return;
+    }
+    const auto at = static_cast<int>(r / a_.group);
+    const int first_key = target_.block * kPageTokens;
+    const int token = listed_ ? a_.choosers.tokens[target_.chosen.start + first_ + at]
+                              : sequence_.first_token +
+                                    max(0, first_key - sequence_.first_position()) + first_ + at;
+    const int position = sequence_.first_position() + token - sequence_.first_token;
+    const int row = token * a_.heads_q + target_.head * a_.group +
+                    static_cast<int>(r - std::int64_t{at} * a_.group);
+    const RowStatistics stats = a_.stats[row];
+    rows.row[i] = row;
+    rows.keys[i] = min(kPageTokens, position - first_key + 1);
+    rows.lse[i] = stats.lse;
+    rows.delta[i] = stats.delta;
+  }
+
+  __device__ void load_stage(int stage) {
+    const StageRows& rows = shared_.rows[stage % 3];
+    constexpr int kStep = kThreads / Smem::kPieces;
+    const int piece = static_cast<int>(threadIdx.x) % Smem::kPieces;
+#pragma unroll
+    for (int i = 0; i < kRows; i += kStep) {
+      const int r = i + static_cast<int>(threadIdx.x) / Smem::kPieces;
+      const int row = rows.row[r];
+      const std::int64_t from = std::int64_t{max(row, 0)} * D + piece * 8;
+      const int to = Smem::offset(r, piece);
+      tile::cp_async_16(shared_.q[stage % 2] + to, static_cast<const T*>(a_.q) + from, row >= 0);
+      tile::cp_async_16(shared_.grad_o[stage % 2] + to, static_cast<const T*>(a_.grad_o) + from,
+                        row >= 0);
+    }
+    tile::cp_async_commit();
+  }
+
+  // x = keys rows^T, of the warp's 16 keys and the stage's 64 rows.
+  __device__ void multiply(float (&x)[8][4], const std::byte* keys, const std::byte* rows) const {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[n][e] = 0;
+    }
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      std::uint32_t a[4];
+      Smem::a_fragment(a, keys, warp_ * 16, k, lane_);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        std::uint32_t b[4];
+        Smem::bt_fragments(b, rows, n * 16, k, lane_);
+        const std::uint32_t low[2] = {b[0], b[1]};
+        const std::uint32_t high[2] = {b[2], b[3]};
+        tile::mma_m16n8k16<T>(x[2 * n], a, low);
+        tile::mma_m16n8k16<T>(x[2 * n + 1], a, high);
+      }
+    }
+  }
+
+  // sum += weights rows, of the warp's 16 keys.
+  __device__ void add(float (&sum)[D / 8][4], const float (&weights)[8][4],
+                      const std::byte* rows) const {
+#pragma unroll
+    for (int k = 0; k < kRows / 16; ++k) {
+      const std::uint32_t a[4] = {tile::pack2<T>(weights[2 * k][0], weights[2 * k][1]),
+                                  tile::pack2<T>(weights[2 * k][2], weights[2 * k][3]),
+                                  tile::pack2<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
+                                  tile::pack2<T>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {
+        std::uint32_t b[4];
+        Smem::b_fragments(b, rows, k * 16, n, lane_);
+        const std::uint32_t low[2] = {b[0], b[1]};
+        const std::uint32_t high[2] = {b[2], b[3]};
+        tile::mma_m16n8k16<T>(sum[2 * n], a, low);
+        tile::mma_m16n8k16<T>(sum[2 * n + 1], a, high);
+      }
+    }
+  }
+
+  __device__ void add_stage(int stage) {
+    const StageRows& rows = shared_.rows[stage % 3];
+    const std::byte* q = shared_.q[stage % 2];
+    const std::byte* grad_o = shared_.grad_o[stage % 2];
+    float p[8][4];
+    float grad_x[8][4];
+    multiply(p, shared_.k, q);
+    multiply(grad_x, shared_.v, grad_o);
+    const bool masked = rows.keys[0] < kPageTokens;  // lists ascend
+    const int key = warp_ * 16 + (lane_ >> 2);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = n * 8 + (lane_ & 3) * 2 + e % 2;
+        if (masked && key + e / 2 * 8 >= rows.keys[row]) p[n][e] = -INFINITY;
+        p[n][e] = tile::fast_exp2(fmaf(p[n][e], a_.c, -rows.lse[row]));
+        grad_x[n][e] = p[n][e] * (grad_x[n][e] - rows.delta[row]);
+      }
+    }
+    add(grad_v_, p, grad_o);
+    add(grad_k_, grad_x, q);
+  }
+
+  __device__ void write() {
+    const int first_key = target_.block * kPageTokens;
+    const std::int64_t base = keys_before(a_.batch, target_.index) + first_key;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = warp_ * 16 + half * 8 + (lane_ >> 2);
+      if (first_key + key >= sequence_.length) continue;
+      const std::int64_t at =
+          ((base + key) * a_.pool.map.heads + target_.head) * D + (lane_ & 3) * 2;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        *reinterpret_cast<std::uint32_t*>(static_cast<T*>(a_.grad_k) + at + n * 8) =
+            tile::pack2<T>(grad_k_[n][half * 2] * a_.scale, grad_k_[n][half * 2 + 1] * a_.scale);
+        *reinterpret_cast<std::uint32_t*>(static_cast<T*>(a_.grad_v) + at + n * 8) =
+            tile::pack2<T>(grad_v_[n][half * 2], grad_v_[n][half * 2 + 1]);
+      }
+    }
+  }
+
+  __device__ void write_part() {
+    float* sums =
+        a_.part_sums + std::int64_t{target_.chosen.first_part + part_} * (2 * kPageTokens * D);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* at = sums + (warp_ * 16 + half * 8 + (lane_ >> 2)) * D + (lane_ & 3) * 2;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        *reinterpret_cast<float2*>(at + n * 8) = {grad_k_[n][half * 2], grad_k_[n][half * 2 + 1]};
+        *reinterpret_cast<float2*>(at + kPageTokens * D + n * 8) = {grad_v_[n][half * 2],
+                                                                    grad_v_[n][half * 2 + 1]};
+      }
+    }
+  }
+
+  const BackwardArgs& a_;
+  Shared<D>& shared_;
+  const Target& target_;
+  const Sequence sequence_;
+  const int warp_;
+  const int lane_;
+  const int part_;  // -1: the whole list
+  const int page_;
+  const bool listed_;
+  int first_;  // token of the list
+  std::int64_t rows_;
+  float grad_k_[D / 8][4];
+  float grad_v_[D / 8][4];
+};
+
+// Block x: first the parts of cut blocks, which are long, then the other blocks.
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads, kResident)
+    key_gradient_kernel(const __grid_constant__ BackwardArgs args) {
+  extern __shared__ __align__(1024) std::byte memory[];
+  std::int64_t block = static_cast<std::int64_t>(blockIdx.x) - args.choosers.part_capacity;
+  int part = -1;
+  if (block < 0) {
+    const Part& item = args.choosers.parts[blockIdx.x];
+    block = item.block;
+    part = item.part;
+    if (block < 0) return;
+  }
+  const Target target(args, block);
+  if (part < 0 && target.chosen.first_part >= 0) return;
+  if (target.block * kPageTokens >= args.batch.kv_length[target.index]) return;
+  auto& shared = *reinterpret_cast<Shared<D>*>(memory);
+  KeyGradient<T, D>(args, shared, target, part).run();
+}
+
+// Adds up the parts of block x.
+template <typename T, int D>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_kernel(const __grid_constant__ BackwardArgs args) {
+  const Target target(args, blockIdx.x);
+  if (target.chosen.first_part < 0) return;
+  const int parts =
+      (target.chosen.count + args.choosers.part_tokens - 1) / args.choosers.part_tokens;
+  const int first_key = target.block * kPageTokens;
+  const int keys = min(kPageTokens, args.batch.kv_length[target.index] - first_key);
+  const std::int64_t base = keys_before(args.batch, target.index) + first_key;
+  const float* sums =
+      args.part_sums + std::int64_t{target.chosen.first_part} * (2 * kPageTokens * D);
+  for (int i = static_cast<int>(threadIdx.x); i < keys * D; i += kReduceThreads) {
+    float grad_k = 0;
+    float grad_v = 0;
+    for (int p = 0; p < parts; ++p) {
+      grad_k += sums[p * (2 * kPageTokens * D) + i];
+      grad_v += sums[p * (2 * kPageTokens * D) + kPageTokens * D + i];
+    }
+    const std::int64_t at = ((base + i / D) * args.pool.map.heads + target.head) * D + i % D;
+    static_cast<T*>(args.grad_k)[at] = to<T>(grad_k * args.scale);
+    static_cast<T*>(args.grad_v)[at] = to<T>(grad_v);
+  }
+}
+
+template <typename T, int D>
+Status launch(const Device& device, const BackwardArgs& args) {
+  constexpr auto kernel = key_gradient_kernel<T, D>;
+  constexpr int kBytes = sizeof(Shared<D>);
+  INFLLM_TRY(
+      to_status("attend_backward",
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)));
+  const auto blocks = static_cast<unsigned>(args.choosers.num_blocks);
+  const auto parts = static_cast<unsigned>(args.choosers.part_capacity);
+  kernel<<<parts + blocks, kThreads, kBytes, device.stream>>>(args);
+  reduce_kernel<T, D><<<blocks, kReduceThreads, 0, device.stream>>>(args);
+  return launched("attend_backward");
+}
+
+}  // namespace
+
+Status key_gradient(const Backend& backend, const AttendParams& forward, const BackwardArgs& args) {
+  const Device& device = device_of(backend);
+  const KvLayout& layout = forward.pages.layout;
+  return with_type(layout.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return layout.head_dim == 128 ? launch<T, 128>(device, args) : launch<T, 64>(device, args);
+  });
+}
+
+}  // namespace infllm::cuda::backward
