@@ -18,7 +18,7 @@ def measurement(**changes):
     record = {"name": "attention.forward", "backend": "cpu:avx2", "device": "Some CPU",
               "commit": "0123456789abcdef", "date": "2026-01-02",
               "shape": {"heads_q": 16, "heads_kv": 2, "head_dim": 64, "tokens": 32768},
-              "input": "random", "ms": 100.0, "ms_low": 99.0, "ms_high": 101.0, "peer": "dense",
+              "input": "correlated-0.8", "ms": 100.0, "ms_low": 99.0, "ms_high": 101.0, "peer": "dense",
               "peer_ms": 700.0, "ratio": 7.0}
     return {**record, **changes}
 
@@ -99,12 +99,19 @@ class RenderTest(unittest.TestCase):
     def test_a_line_becomes_a_row(self):
         self.write(measurement())
         self.assertEqual(self.render()[0], 0)
-        self.assertIn("| `attention.forward` | cpu:avx2 | 16/2 heads, d 64 | 32K | random | "
+        self.assertIn("| `attention.forward` | cpu:avx2 | 16/2 heads, d 64 | 32K | correlated-0.8 | "
                       "100 (99-101) | dense | 700 | 7 | `012345678` |",
                       self.text("docs/performance.md"))
         self.assertIn("| 32K | 100 ms | 700 ms (dense) | 7x |", self.text("README.md"))
         self.assertIn("last\n", self.text("README.md"))
         self.assertNotIn("old", self.text("README.md"))
+
+    def test_the_headline_of_a_layer_is_of_one_input(self):
+        self.write(measurement(), measurement(input="random", ms=50.0, ms_low=50.0, ms_high=50.0,
+                                              peer_ms=700.0, ratio=14.0))
+        self.render()
+        self.assertIn("7x", self.text("README.md"))
+        self.assertNotIn("14x", self.text("README.md"))
 
     def test_the_later_date_wins_in_whichever_order(self):
         new = measurement(ms=50.0, ms_low=49.0, ms_high=51.0, ratio=14.0, date="2026-01-03")
