@@ -58,7 +58,7 @@ class ModelTest : public ::testing::TestWithParam<std::string> {
  protected:
   // One thread: layers of a toy model are shorter than waking another one.
   // Devices compute in 16 bits, and choose kernels by the shape of the step.
-  bool on_device() const { return backend_.kernels->synchronize != nullptr; }
+  bool on_device() const { return is_device(backend_); }
 
   Backend backend_ = open(GetParam(), 1);
 };

@@ -197,8 +197,6 @@ void print_effective_values(const Session& session, const ModelOptions& options)
              s.legacy_window);
 }
 
-bool is_device(const Backend& backend) { return backend.kernels->synchronize != nullptr; }
-
 std::string device_text(const Backend& backend) {
   const Result<DeviceInfo> info = device_info(backend);
   if (!info.ok() || info->total_bytes == 0) {

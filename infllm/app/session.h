@@ -18,9 +18,6 @@
 
 namespace infllm::app {
 
-// Steps run beside the program, on a device with memory of its own.
-bool is_device(const Backend& backend);
-
 struct Session {
   Backend backend;
   std::optional<model::Model> model;
@@ -31,7 +28,7 @@ struct Session {
   double load_seconds = 0;
 
   const model::ModelConfig& config() const { return model->config(); }
-  bool is_device() const { return app::is_device(backend); }
+  bool is_device() const { return infllm::is_device(backend); }
   int threads() const { return backend.pool && !is_device() ? backend.pool->size() : 1; }
   std::vector<std::int32_t> eos() const;  // every token that ends an answer
 };

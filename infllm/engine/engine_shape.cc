@@ -33,7 +33,7 @@ ModeRule rule_of(const model::ModelConfig& config, bool dense) {
 }  // namespace
 
 std::int32_t default_chunk_tokens(const Backend& backend) {
-  return backend.kernels->synchronize == nullptr ? 512 : 8192;
+  return is_device(backend) ? 8192 : 512;
 }
 
 Result<EngineShape> engine_shape(const model::Model& model, const EngineOptions& options) {

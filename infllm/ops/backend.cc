@@ -24,8 +24,10 @@ Result<DeviceInfo> device_info(const Backend& backend) {
                                                  : backend.kernels->device_info(backend);
 }
 
+bool is_device(const Backend& backend) { return backend.kernels->synchronize != nullptr; }
+
 Status synchronize(const Backend& backend) {
-  return backend.kernels->synchronize == nullptr ? Status() : backend.kernels->synchronize(backend);
+  return is_device(backend) ? backend.kernels->synchronize(backend) : Status();
 }
 
 Result<Graph> record(const Backend& backend, const std::function<Status()>& body) {

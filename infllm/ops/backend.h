@@ -58,6 +58,9 @@ struct DeviceInfo {
 };
 Result<DeviceInfo> device_info(const Backend& backend);
 
+// Whether work runs behind the caller's back, in memory of its own, and has to be waited for.
+bool is_device(const Backend& backend);
+
 // Waits for every step that was started, and tells of their errors. Host backends never wait.
 Status synchronize(const Backend& backend);
 
