@@ -6,70 +6,18 @@
 //   backward_main check [NAME]    shapes against float64 on sampled rows and keys; every result is
 //                                 taken twice and must repeat bit by bit; exit status 1 on a
 //                                 failure
+//   backward_main repeat [N]      100 (or N) runs of shapes with cut lists, dense and sparse: all
+//                                 the same bits
 //   backward_main bench N...      milliseconds and useful TFLOP/s, sparse and dense
 #include <cstring>
 
 #include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/sm80/attend.h"
-#include "tests/cuda/prefill_check.h"
+#include "tests/cuda/backward_judge.cuh"
 
 namespace infllm::cuda {
 namespace {
-
-template <typename T>
-std::vector<T> normals(std::size_t count, std::uint64_t seed) {
-  constexpr std::size_t kPiece = 1 << 20;
-  std::vector<T> values(count);
-  parallel(int((count + kPiece - 1) / kPiece), [&](int piece) {
-    Random random{seed + 0x9e3779b97f4a7c15ull * std::uint64_t(piece)};
-    const std::size_t end = std::min(count, (piece + 1) * kPiece);
-    for (std::size_t i = piece * kPiece; i < end; ++i) values[i] = T(random.normal());
-  });
-  return values;
-}
-
-// A rig, what the forward pass made of it, and where gradients go.
-template <typename T>
-struct Bed {
-  Bed(const Case& c, const std::vector<int>& lists, int list_columns)
-      : rig(c),
-        selection(lists),
-        columns(list_columns),
-        given(lists),
-        o(rig.queries.size()),
-        lse(std::size_t(rig.heads_q()) * rig.batch.num_tokens),
-        grad_o_host(normals<T>(rig.queries.size(), 0x51ed270b)),
-        grad_lse_host(normals<float>(lse.count, 0x2545f491)),
-        grad_o(grad_o_host),
-        grad_lse(grad_lse_host) {
-    for (const Span& s : c.spans) keys += s.end;
-  }
-
-  AttendBackwardParams params(T* grad_q, T* grad_k, T* grad_v) const {
-    AttendParams forward = rig.attend_params(o.data, lse.data, columns > 0 ? given.data : nullptr);
-    forward.columns = columns;
-    return {.forward = forward,
-            .grad_o = grad_o.data,
-            .grad_lse = grad_lse.data,
-            .grad_q = grad_q,
-            .grad_k = grad_k,
-            .grad_v = grad_v};
-  }
-  std::size_t key_count() const { return keys * rig.c.heads_kv * rig.c.dim; }
-
-  Rig<T> rig;
-  std::vector<int> selection;  // [Hkv, T, columns]; empty: dense
-  int columns;
-  Array<int> given;
-  Array<T> o;
-  Array<float> lse;
-  std::vector<T> grad_o_host;
-  std::vector<float> grad_lse_host;
-  Array<T> grad_o;
-  Array<float> grad_lse;
-  std::size_t keys = 0;
-};
 
 template <typename Run>
 void with_workspace(std::size_t bytes, Run&& run) {
@@ -77,11 +25,6 @@ void with_workspace(std::size_t bytes, Run&& run) {
   must(run(std::span<std::byte>(workspace.data, bytes)));
   must(cudaDeviceSynchronize());
 }
-
-template <typename T>
-struct Gradients {
-  std::vector<T> q, k, v;
-};
 
 template <typename T>
 Gradients<T> differentiate(const Backend& backend, const Bed<T>& bed) {
@@ -95,185 +38,6 @@ Gradients<T> differentiate(const Backend& backend, const Bed<T>& bed) {
 template <typename T>
 bool same(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
-
-// One (row, key) pair in double, and what a kernel may be off by.
-template <typename T>
-class Judge {
- public:
-  Judge(const Bed<T>& bed)
-      : bed_(bed), rig_(bed.rig), o_(bed.o.host()), lse_(bed.lse.host()), dim_(rig_.c.dim) {}
-
-  bool sees(const Place& at, int g, int block) const {
-    if (block > at.position / 64) return false;
-    if (bed_.columns == 0 || !rig_.c.spans[at.sequence].sparse) return true;
-    const int* row =
-        bed_.selection.data() + (std::int64_t{g} * rig_.batch.num_tokens + at.token) * bed_.columns;
-    return std::find(row, row + bed_.columns, block) != row + bed_.columns;
-  }
-
-  struct Pair {
-    double p, grad_x;              // the weight and dS
-    double p_error, grad_x_error;  // before they are rounded to T, and the rounding
-  };
-  Pair pair(const Place& at, int h, const T* k, const T* v) const {
-    const std::int64_t row = std::int64_t{at.token} * rig_.heads_q() + h;
-    const std::int64_t stat = std::int64_t{h} * rig_.batch.num_tokens + at.token;
-    const T* q = rig_.queries.data() + row * dim_;
-    const T* grad_o = bed_.grad_o_host.data() + row * dim_;
-    const T* o = o_.data() + row * dim_;
-    const double lse = lse_[stat];
-    const double x = rig_.scale() * dot(q, k, dim_);
-    const double p = std::exp(x - lse);
-    const double grad_p = dot(grad_o, v, dim_);
-    const double delta = dot(grad_o, o, dim_) - bed_.grad_lse_host[stat];
-    const double additions = (dim_ + 4) * 0x1p-24;
-    // Of x - LSE: the product's additions, log2(e) within both numbers; then the exponential.
-    const double share = additions * rig_.scale() * norm(q, dim_) * norm(k, dim_) +
-                         (std::fabs(x) + std::fabs(lse)) * 0x1p-22 + 0x1p-20;
-    const double sums = additions * norm(grad_o, dim_) * (norm(v, dim_) + norm(o, dim_)) +
-                        std::fabs(bed_.grad_lse_host[stat]) * 0x1p-23;
-    const double grad_x = p * (grad_p - delta);
-    return {p, grad_x, p * (share + kUnit<T>)+kTiny,
-            std::fabs(grad_x) * (share + kUnit<T>)+p * (1 + share) * sums + kTiny};
-  }
-
-  // Of a sum of pairs' dS (or P) times the numbers of a row, and the rounding of the result.
-  void compare(Report& report, T got, double sum, double size, double error, std::size_t count,
-               double factor) const {
-    const double chain = double(count) * 0x1p-24;
-    report.compare(
-        float(got), sum * factor,
-        factor * (error + 2 * chain * size) + std::fabs(sum * factor) * 2 * kUnit<T> + kTiny);
-  }
-
-  const T* query(const Place& at, int h) const {
-    return rig_.queries.data() + (std::int64_t{at.token} * rig_.heads_q() + h) * dim_;
-  }
-  const T* grad_o(const Place& at, int h) const {
-    return bed_.grad_o_host.data() + (std::int64_t{at.token} * rig_.heads_q() + h) * dim_;
-  }
-
- private:
-  // Half the smallest number of T, for results that flush.
-  static constexpr double kTiny = std::is_same_v<T, __half> ? 0x1p-24 : 1e-30;
-
-  const Bed<T>& bed_;
-  const Rig<T>& rig_;
-  std::vector<T> o_;
-  std::vector<float> lse_;
-  int dim_;
-};
-
-Report sum_of(const std::vector<Report>& reports) {
-  Report total;
-  for (const Report& r : reports) {
-    total.worst = std::max(total.worst, r.worst);
-    total.wrong += r.wrong;
-  }
-  return total;
-}
-
-template <typename T>
-Report check_queries(const Bed<T>& bed, const Judge<T>& judge, const std::vector<T>& grad_q) {
-  const Rig<T>& rig = bed.rig;
-  const int dim = rig.c.dim;
-  const std::vector<Place> places = sample(rig, 24);
-  std::vector<Report> reports(places.size() * rig.heads_q());
-  parallel(int(reports.size()), [&](int task) {
-    const Place at = places[task / rig.heads_q()];
-    const int h = task % rig.heads_q();
-    const int g = h / rig.c.group;
-    std::vector<double> sum(dim), size(dim), error(dim);
-    std::size_t count = 0;
-    for (int b = 0; b <= at.position / 64; ++b) {
-      if (!judge.sees(at, g, b)) continue;
-      for (int t = b * 64; t < std::min(b * 64 + 64, at.position + 1); ++t) {
-        const T* k = rig.row(at.sequence, b, rig.map.key(g), t % 64);
-        if (k == nullptr) break;
-        const auto pair = judge.pair(at, h, k, rig.row(at.sequence, b, rig.map.value(g), t % 64));
-        ++count;
-        for (int d = 0; d < dim; ++d) {
-          const double x = float(k[d]);
-          sum[d] += pair.grad_x * x;
-          size[d] += std::fabs(pair.grad_x * x);
-          error[d] += pair.grad_x_error * std::fabs(x);
-        }
-      }
-    }
-    const T* got = grad_q.data() + (std::int64_t{at.token} * rig.heads_q() + h) * dim;
-    for (int d = 0; d < dim; ++d) {
-      judge.compare(reports[task], got[d], sum[d], size[d], error[d], count, rig.scale());
-    }
-  });
-  return sum_of(reports);
-}
-
-// Some keys of every sequence: the first ones, the last ones and random ones.
-template <typename T>
-Report check_keys(const Bed<T>& bed, const Judge<T>& judge, const Gradients<T>& gradients) {
-  const Rig<T>& rig = bed.rig;
-  const int dim = rig.c.dim;
-  struct Key {
-    int sequence, position;
-    std::int64_t packed;
-    int first_token;
-  };
-  std::vector<Key> keys;
-  Random random{99};
-  std::int64_t before = 0;
-  int token = 0;
-  for (int s = 0; s < int(rig.c.spans.size()); ++s) {
-    const Span& span = rig.c.spans[s];
-    const int samples = rig.c.spans.size() > 10 ? 3 : 10;
-    for (int i = 0; i < samples && span.end > 0; ++i) {
-      const int t = i == 0   ? 0
-                    : i == 1 ? span.end - 1
-                    : i == 2 ? std::max(0, span.first - 1)
-                             : random.below(span.end);
-      keys.push_back({s, t, before + t, token});
-    }
-    before += span.end;
-    token += span.end - span.first;
-  }
-  std::vector<Report> reports(keys.size() * rig.c.heads_kv);
-  parallel(int(reports.size()), [&](int task) {
-    const Key key = keys[task / rig.c.heads_kv];
-    const int g = task % rig.c.heads_kv;
-    const int block = key.position / 64;
-    const T* k = rig.row(key.sequence, block, rig.map.key(g), key.position % 64);
-    const Span& span = rig.c.spans[key.sequence];
-    std::vector<double> sum(2 * dim), size(2 * dim), error(2 * dim);
-    std::size_t count = 0;
-    for (int p = std::max(span.first, key.position); k != nullptr && p < span.end; ++p) {
-      const Place at{key.sequence, p, key.first_token + p - span.first};
-      if (!judge.sees(at, g, block)) continue;
-      const T* v = rig.row(key.sequence, block, rig.map.value(g), key.position % 64);
-      for (int h = g * rig.c.group; h < (g + 1) * rig.c.group; ++h, ++count) {
-        const auto pair = judge.pair(at, h, k, v);
-        const T* q = judge.query(at, h);
-        const T* grad_o = judge.grad_o(at, h);
-        for (int d = 0; d < dim; ++d) {
-          const double x = float(q[d]);
-          sum[d] += pair.grad_x * x;
-          size[d] += std::fabs(pair.grad_x * x);
-          error[d] += pair.grad_x_error * std::fabs(x);
-          const double y = float(grad_o[d]);
-          sum[dim + d] += pair.p * y;
-          size[dim + d] += std::fabs(pair.p * y);
-          error[dim + d] += pair.p_error * std::fabs(y);
-        }
-      }
-    }
-    const std::int64_t at = (key.packed * rig.c.heads_kv + g) * dim;
-    for (int d = 0; d < dim; ++d) {
-      judge.compare(reports[task], gradients.k[at + d], sum[d], size[d], error[d], count,
-                    rig.scale());
-      judge.compare(reports[task], gradients.v[at + d], sum[dim + d], size[dim + d], error[dim + d],
-                    count, 1);
-    }
-  });
-  return sum_of(reports);
 }
 
 // Ascending blocks, the first one nearly always, holes, rows without any, numbers that are none.
@@ -316,6 +80,31 @@ bool check_case(const Backend& backend, const Case& c) {
                 c.name.c_str(), sparse ? "sparse" : "dense", q.worst, q.wrong, k.worst, k.wrong,
                 repeats ? "" : "  DOES NOT REPEAT");
     right &= ok;
+  }
+  return right;
+}
+
+// Whether `runs` runs yield the bits of the first.
+template <typename T>
+bool check_repeats(const Backend& backend, const Case& c, int runs) {
+  bool right = true;
+  for (const int columns : {6, 0}) {
+    const std::vector<int> lists =
+        columns > 0 ? any_selection(Rig<T>(c), columns) : std::vector<int>();
+    const Bed<T> bed(c, lists, columns);
+    const AttendParams forward = bed.params(nullptr, nullptr, nullptr).forward;
+    with_workspace(sm80::attend_bytes(backend, forward),
+                   [&](auto w) { return sm80::attend(backend, forward, w); });
+    const Gradients<T> first = differentiate(backend, bed);
+    int different = 0;
+    for (int i = 1; i < runs; ++i) {
+      const Gradients<T> again = differentiate(backend, bed);
+      different += !(same(first.q, again.q) && same(first.k, again.k) && same(first.v, again.v));
+    }
+    std::printf("%-4s %-28s %-6s %d of %d runs differ from the first\n",
+                different == 0 ? "ok" : "BAD", c.name.c_str(), columns > 0 ? "sparse" : "dense",
+                different, runs);
+    right &= different == 0;
   }
   return right;
 }
@@ -464,6 +253,15 @@ int run(int argc, char** argv) {
     return 0;
   }
   int bad = 0;
+  if (mode == "repeat") {
+    const int runs = argc > 2 ? std::atoi(argv[2]) : 100;
+    for (const Case& c : cases()) {
+      if (c.name == "cut lists" || c.name == "g7 d64 bf16") {
+        bad += !check_repeats<__nv_bfloat16>(backend, c, runs);
+      }
+    }
+    return bad == 0 ? 0 : 1;
+  }
   for (const Case& c : cases()) {
     if (argc > 2 && c.name != argv[2]) continue;
     bad += !(c.dtype == DType::kF16 ? check_case<__half>(backend, c)
