@@ -10,6 +10,7 @@
 #include <span>
 #include <string_view>
 
+#include "infllm/ops/align.h"
 #include "infllm/ops/attend.h"
 #include "infllm/ops/backend.h"
 #include "infllm/ops/compress.h"
@@ -62,6 +63,8 @@ struct Kernels {
   Cell<ScoreSelectParams> score_select;  // null: score, then select
   Cell<AttendParams> attend;
   Cell<AttendBackwardParams> attend_backward;
+  Cell<AlignParams> align;
+  Cell<AlignBackwardParams> align_backward;
 
   // Plumbing.
   Result<LinearWeight> (*pack_linear)(const Backend&, std::span<const TensorView> parts,
