@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 
 #include "infllm/engine/text_file.h"
+#include "tests/support/source_folder.h"
 #include "tests/support/text_golden.h"
 
 namespace infllm::engine {
@@ -22,7 +23,7 @@ using ::testing::HasSubstr;
 using Json = nlohmann::ordered_json;
 namespace fs = std::filesystem;
 
-fs::path folder() { return fs::path(INFLLM_SOURCE_DIR) / "tests/golden/text/templates"; }
+fs::path folder() { return infllm::testing::source_folder() / "tests/golden/text/templates"; }
 
 std::string read(const std::string& name) {
   Result<std::string> text = read_text_file(folder() / name, std::size_t{8} << 20);

@@ -16,6 +16,8 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/source_folder.h"
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -23,7 +25,7 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::StartsWith;
 
-const std::string kModel = std::string(INFLLM_SOURCE_DIR) + "/models/needle-32k";
+const std::string kModel = infllm::testing::source_folder() / "models/needle-32k";
 
 std::string read(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);

@@ -31,19 +31,19 @@ TEST_P(GraphTest, ReplayReadsTheArraysAnew) {
   const std::vector<double> w = random.normals(2 * wide * width, bench.numbers);
   const std::vector<float> narrow(w.begin(), w.end());
   const TensorView matrix = TensorView::matrix(narrow.data(), DType::kF32, 2 * wide, width);
-  const LinearWeight weight = pack_linear(backend, {&matrix, 1}, WeightFormat::kBF16).value();
+  const LinearWeight weight = must(pack_linear(backend, {&matrix, 1}, WeightFormat::kBF16));
   const Buffer norm = bench.floats(std::vector<float>(width, 1.5f));
   const DType type = backend.kernels->activation;
   const auto bytes = [&](std::int64_t count) {
     return static_cast<std::size_t>(count * size_of(type));
   };
-  const Buffer x = allocate(backend, bytes(tokens * width)).value();
+  const Buffer x = must(allocate(backend, bytes(tokens * width)));
   const Buffer normed = poisoned(backend, tokens * width, type);
   const Buffer gate_up = poisoned(backend, tokens * 2 * wide, type);
-  const Buffer y = allocate(backend, bytes(tokens * wide)).value();
+  const Buffer y = must(allocate(backend, bytes(tokens * wide)));
   const LinearParams product{
       .weight = &weight, .tokens = tokens, .x = normed.data(), .y = gate_up.data()};
-  const Buffer workspace = allocate(backend, linear_workspace_bytes(backend, product)).value();
+  const Buffer workspace = must(allocate(backend, linear_workspace_bytes(backend, product)));
   const auto steps = [&]() -> Status {
     INFLLM_TRY(rms_norm(backend, {.tokens = tokens,
                                   .width = width,
@@ -65,7 +65,7 @@ TEST_P(GraphTest, ReplayReadsTheArraysAnew) {
   fill(x, tokens * width, 1);
   fill(y, tokens * wide, 1);
   const std::vector<double> before = results();
-  const Graph graph = record(backend, steps).value();
+  const Graph graph = must(record(backend, steps));
   EXPECT_EQ(results(), before) << "recording ran the steps";
   for (int round = 0; round < 3; ++round) {
     fill(x, tokens * width, 1 + round);
@@ -80,7 +80,7 @@ TEST_P(GraphTest, ReplayReadsTheArraysAnew) {
 TEST_P(GraphTest, CopiesAndFailuresInsideAreRefused) {
   const Backend backend = open(GetParam());
   if (backend.kernels->record == nullptr) GTEST_SKIP() << GetParam() << " records nothing";
-  const Buffer buffer = allocate(backend, 64).value();
+  const Buffer buffer = must(allocate(backend, 64));
   std::byte host[64] = {};
   EXPECT_THAT(
       message_of(record(backend, [&] { return copy_in(backend, buffer.data(), host, 64); })),

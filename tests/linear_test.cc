@@ -48,7 +48,7 @@ std::vector<double> multiply(const Bench& bench, const Product& p) {
     }
     parts.push_back(TensorView::matrix(data, p.stored, p.outputs[i], p.inputs));
   }
-  const LinearWeight weight = pack_linear(bench.backend, parts, p.format, p.group_size).value();
+  const LinearWeight weight = must(pack_linear(bench.backend, parts, p.format, p.group_size));
   EXPECT_EQ(weight.outputs, outputs);
   EXPECT_EQ(weight.inputs, p.inputs);
   const Buffer x = bench.in(random.normals(p.tokens * p.inputs, DType::kF32));
@@ -63,7 +63,7 @@ std::vector<double> multiply(const Bench& bench, const Product& p) {
                             .alpha = p.alpha,
                             .accumulate = p.accumulate};
   const Buffer workspace =
-      allocate(bench.backend, linear_workspace_bytes(bench.backend, params)).value();
+      must(allocate(bench.backend, linear_workspace_bytes(bench.backend, params)));
   must(linear(bench.backend, params, {workspace.data(), workspace.bytes()}));
   return bench.out(y, before.size());
 }
@@ -136,7 +136,7 @@ TEST_P(LinearTest, IsBitwiseTheSameInCompany) {
     const std::vector<double> x = random.normals(tokens * inputs, DType::kF32);
     const auto run = [&](int threads, std::int64_t first, std::int64_t count) {
       const Bench bench(open(GetParam(), threads));
-      const LinearWeight weight = pack_linear(bench.backend, {&part, 1}, format).value();
+      const LinearWeight weight = must(pack_linear(bench.backend, {&part, 1}, format));
       const std::vector<double> rows(x.begin() + first * inputs,
                                      x.begin() + (first + count) * inputs);
       const Buffer in = bench.in(rows);
@@ -145,7 +145,7 @@ TEST_P(LinearTest, IsBitwiseTheSameInCompany) {
       const LinearParams params{
           .weight = &weight, .tokens = count, .x = in.data(), .y = out.data()};
       const Buffer workspace =
-          allocate(bench.backend, linear_workspace_bytes(bench.backend, params)).value();
+          must(allocate(bench.backend, linear_workspace_bytes(bench.backend, params)));
       must(linear(bench.backend, params, {workspace.data(), workspace.bytes()}));
       return bench.out(out, static_cast<std::size_t>(count * outputs));
     };
@@ -167,7 +167,7 @@ TEST(LinearF64, IsTheReferencesOwn) {
   const std::vector<double> w = {1, 2, 3, 4, 5, 0.5 + 0x1p-40};
   const TensorView matrix = TensorView::matrix(w.data(), DType::kF64, 2, 3);
   const Bench bench(open("reference"));
-  const LinearWeight weight = pack_linear(bench.backend, {&matrix, 1}, WeightFormat::kF64).value();
+  const LinearWeight weight = must(pack_linear(bench.backend, {&matrix, 1}, WeightFormat::kF64));
   const Buffer x = bench.in({1, 10, 1});
   const Buffer y = bench.in({0.5, -54});
   const LinearParams params{

@@ -73,7 +73,7 @@ class RopeAppendTest : public ::testing::TestWithParam<std::string> {
 
     const std::int64_t page_bytes = kv_page_bytes(backend_, layout);
     const std::vector<std::byte> zeros(static_cast<std::size_t>(pages * page_bytes));
-    const Buffer memory = allocate(backend_, zeros.size()).value();
+    const Buffer memory = must(allocate(backend_, zeros.size()));
     must(copy_in(backend_, memory.data(), zeros.data(), zeros.size()));
     const KvPages cache{memory.data(), layout, page_bytes, pages};
 
@@ -145,7 +145,7 @@ class RopeAppendTest : public ::testing::TestWithParam<std::string> {
   }
 
   Buffer floats(const std::vector<float>& values) const {
-    Buffer buffer = allocate(backend_, values.size() * sizeof(float)).value();
+    Buffer buffer = must(allocate(backend_, values.size() * sizeof(float)));
     must(copy_in(backend_, buffer.data(), values.data(), buffer.bytes()));
     return buffer;
   }

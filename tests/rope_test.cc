@@ -12,6 +12,7 @@
 
 #include "infllm/backend/open.h"
 #include "infllm/model/config.h"
+#include "tests/support/source_folder.h"
 
 namespace infllm::model {
 namespace {
@@ -46,7 +47,7 @@ TEST(Rope, AttentionFactorGrowsWithTheStretch) {
 // tests/golden/model/rope.json: every type, below and above the original length. Both sides round a
 // handful of times in float32 on their way to a frequency.
 TEST(Rope, FrequenciesAreThoseOfHuggingFace) {
-  std::ifstream in(std::string(INFLLM_SOURCE_DIR) + "/tests/golden/model/rope.json");
+  std::ifstream in(testing::source_folder() / "tests/golden/model/rope.json");
   const nlohmann::json cases = nlohmann::json::parse(in);
   ASSERT_GE(cases.size(), 12u);
   for (const nlohmann::json& c : cases) {

@@ -18,6 +18,7 @@
 #include "tests/support/model_rig.h"
 #include "tests/support/recorder.h"
 #include "tests/support/rig.h"
+#include "tests/support/source_folder.h"
 
 namespace infllm::engine {
 namespace {
@@ -30,7 +31,7 @@ Tokenizer byte_tokenizer() {
     spec.pieces.push_back(fmt::format("p{}", i));
     spec.types.push_back(PieceType::kNormal);
   }
-  return Tokenizer::create(std::move(spec)).value();
+  return testing::must(Tokenizer::create(std::move(spec)));
 }
 
 std::vector<std::int32_t> prompt_of(std::int32_t length, std::uint32_t seed) {
@@ -74,7 +75,7 @@ std::vector<Request> requests() {
 std::vector<std::vector<std::int32_t>> answers(const model::Model& model,
                                                const EngineOptions& options) {
   const Tokenizer tokenizer = byte_tokenizer();
-  const auto engine = Engine::create(model, tokenizer, options).value();
+  const auto engine = testing::must(Engine::create(model, tokenizer, options));
   std::vector<Request> list = requests();
   std::vector<std::vector<std::int32_t>> tokens(list.size());
   for (std::size_t i = 0; i < list.size(); ++i) {
@@ -90,7 +91,7 @@ std::vector<std::vector<std::int32_t>> answers(const model::Model& model,
 }
 
 TEST(Runner, RecordedStepsGiveTheSameText) {
-  const model::Model plain = load(open_backend("reference", {.threads = 2}).value());
+  const model::Model plain = load(testing::must(open_backend("reference", {.threads = 2})));
   for (const std::int32_t sequences : {1, 3}) {
     const EngineOptions options{.context = 300, .max_sequences = sequences, .chunk_tokens = 48};
     const auto expected = answers(plain, options);
@@ -111,12 +112,12 @@ TEST(Runner, LogitsOfAReplayAreThoseOfARun) {
   testing::Recorder recorder;
   const model::Model model = load(recorder.backend());
   KvPool pool =
-      KvPool::create(model.backend(), model.kv_layout(), model.config().layers, 20).value();
-  Plan plan =
+      testing::must(KvPool::create(model.backend(), model.kv_layout(), model.config().layers, 20));
+  Plan plan = testing::must(
       Plan::create(model.backend(),
-                   {.max_tokens = 64, .max_sequences = 1, .max_pages = 20, .max_kv_length = 310})
-          .value();
-  Runner runner = Runner::create(model, pool, {.max_tokens = 64, .max_kv_length = 310}).value();
+                   {.max_tokens = 64, .max_sequences = 1, .max_pages = 20, .max_kv_length = 310}));
+  Runner runner =
+      testing::must(Runner::create(model, pool, {.max_tokens = 64, .max_kv_length = 310}));
   const ModeRule rule{.sparse = model.config().sparse};
   Sequence sequence;
   sequence.restart(prompt_of(160, 1), rule, pool);
@@ -137,14 +138,14 @@ TEST(Runner, LogitsOfAReplayAreThoseOfARun) {
     EXPECT_TRUE(plan.repeatable());
     EXPECT_EQ(recorder.replays(), step);  // the first one runs as it is
     EXPECT_EQ(runner.recorded(), step == 0 ? 0 : 1);
-    const std::span<const float> row = runner.logits(0).value();
+    const std::span<const float> row = testing::must(runner.logits(0));
     const std::vector<float> replayed(row.begin(), row.end());
-    const TopLogits best = *runner.best(0).value();
+    const TopLogits best = *testing::must(runner.best(0));
     model::ForwardTimes times;
     advance(1, &times);
     EXPECT_EQ(recorder.replays(), step);
     EXPECT_GT(times.mlp, 0);
-    const std::span<const float> run = runner.logits(0).value();
+    const std::span<const float> run = testing::must(runner.logits(0));
     ASSERT_TRUE(std::ranges::equal(run, replayed)) << "step " << step;
     ASSERT_EQ(best.count, TopLogits::kMost);
     EXPECT_EQ(best.logit[0], *std::ranges::max_element(run));
@@ -158,16 +159,16 @@ TEST(Runner, LogitsOfAReplayAreThoseOfARun) {
 class RunnerOn : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(RunnerOn, RecordedStepsGiveTheSameText) {
-  const Backend backend = open_backend(GetParam(), {.threads = 2}).value();
+  const Backend backend = testing::must(open_backend(GetParam(), {.threads = 2}));
   if (backend.kernels->record == nullptr) GTEST_SKIP() << "records nothing";
-  const std::string folder = std::string(INFLLM_SOURCE_DIR) + "/models/needle-32k";
-  const model::ModelConfig config = model::read_config(folder).value();
-  const auto source = model::open_checkpoint(folder).value();
-  const Tokenizer tokenizer = Tokenizer::load(folder).value();
+  const std::filesystem::path folder = testing::source_folder() / "models/needle-32k";
+  const model::ModelConfig config = testing::must(model::read_config(folder));
+  const auto source = testing::must(model::open_checkpoint(folder));
+  const Tokenizer tokenizer = testing::must(Tokenizer::load(folder));
   const auto run = [&](const Backend& on, std::int32_t sequences) {
-    const model::Model model = model::Model::load(on, config, *source).value();
-    const auto engine =
-        Engine::create(model, tokenizer, {.context = 4096, .max_sequences = sequences}).value();
+    const model::Model model = testing::must(model::Model::load(on, config, *source));
+    const auto engine = testing::must(
+        Engine::create(model, tokenizer, {.context = 4096, .max_sequences = sequences}));
     const std::int32_t lengths[] = {1, 100, 2030, 2047, 2048, 3000};
     std::vector<std::vector<std::int32_t>> tokens(std::size(lengths));
     for (std::size_t i = 0; i < tokens.size(); ++i) {

@@ -31,10 +31,10 @@ class TopLogitsTest : public ::testing::TestWithParam<std::string> {
                               const std::vector<float>& temperatures) {
     const auto rows = static_cast<std::int64_t>(temperatures.size());
     const Buffer logits = upload(backend_, values, backend_.kernels->activation);
-    const Buffer heat = allocate(backend_, temperatures.size() * sizeof(float)).value();
+    const Buffer heat = must(allocate(backend_, temperatures.size() * sizeof(float)));
     must(copy_in(backend_, heat.data(), temperatures.data(), heat.bytes()));
     const std::vector<std::byte> nan(temperatures.size() * sizeof(TopLogits), std::byte{0xff});
-    const Buffer out = allocate(backend_, nan.size()).value();
+    const Buffer out = must(allocate(backend_, nan.size()));
     must(copy_in(backend_, out.data(), nan.data(), nan.size()));
     must(top_logits(backend_, {.rows = rows,
                                .vocabulary = width,

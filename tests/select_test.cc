@@ -97,7 +97,7 @@ struct Choice {
     const Buffer starts = upload(backend, std::vector<std::int32_t>{0, tokens});
     const Buffer lengths = upload(backend, std::vector<std::int32_t>{length});
     const std::uint8_t yes = 1;
-    const Buffer sparse = allocate(backend, 1).value();
+    const Buffer sparse = must(allocate(backend, 1));
     must(copy_in(backend, sparse.data(), &yes, 1));
     const Buffer device_scores = upload(backend, std::vector<double>(scores.begin(), scores.end()),
                                         backend.kernels->accumulate);

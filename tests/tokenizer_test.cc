@@ -19,6 +19,7 @@
 #include "infllm/engine/text_file.h"
 #include "infllm/engine/tokenizer_files.h"
 #include "infllm/engine/utf8.h"
+#include "tests/support/source_folder.h"
 #include "tests/support/text_golden.h"
 
 namespace infllm::engine {
@@ -29,7 +30,7 @@ using ::testing::HasSubstr;
 using Json = nlohmann::json;
 namespace fs = std::filesystem;
 
-fs::path golden() { return fs::path(INFLLM_SOURCE_DIR) / "tests/golden/text"; }
+fs::path golden() { return infllm::testing::source_folder() / "tests/golden/text"; }
 
 std::string read(const fs::path& path) {
   Result<std::string> text = read_text_file(path, std::size_t{64} << 20);

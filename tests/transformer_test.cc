@@ -28,9 +28,8 @@ TEST_P(TransformerTest, RmsNorm) {
           const Buffer x = bench.in(random.normals(count, DType::kF32, scale));
           const std::vector<double> w = random.normals(width, DType::kBF16);
           const std::vector<float> narrow(w.begin(), w.end());
-          const Buffer weight =
-              upload_vector(bench.backend, TensorView::vector(narrow.data(), DType::kF32, width))
-                  .value();
+          const Buffer weight = must(
+              upload_vector(bench.backend, TensorView::vector(narrow.data(), DType::kF32, width)));
           const Buffer y =
               in_place ? x : poisoned(bench.backend, count, bench.backend.kernels->activation);
           must(rms_norm(bench.backend, {.tokens = tokens,
@@ -109,7 +108,7 @@ TEST_P(TransformerTest, Embed) {
                                   TensorView::matrix(bf16.data(), DType::kBF16, vocabulary, width),
                                   TensorView::matrix(f16.data(), DType::kF16, vocabulary, width)}) {
     expect_within_budget("embed", DType::kF32, {4, width}, [&](const Bench& bench) {
-      const EmbeddingTable uploaded = upload_table(bench.backend, table).value();
+      const EmbeddingTable uploaded = must(upload_table(bench.backend, table));
       const Buffer y = poisoned(bench.backend, 4 * width, bench.backend.kernels->activation);
       const Buffer token_ids = upload(bench.backend, ids);
       must(embed(bench.backend, {.table = &uploaded,
@@ -184,7 +183,7 @@ TEST(TransformerRefusal, NamesWhatIsWrong) {
       HasSubstr("upload_vector: a f32 tensor of shape [2, 2], expected a non-empty vector"));
   EXPECT_THAT(message_of(upload_table(backend, vector)), HasSubstr("upload_table: a f32 tensor"));
 
-  const LinearWeight weight = pack_linear(backend, {&matrix, 1}, WeightFormat::kF32).value();
+  const LinearWeight weight = must(pack_linear(backend, {&matrix, 1}, WeightFormat::kF32));
   double scratch = 0;
   EXPECT_EQ(message_of(linear(backend, {.tokens = 1}, {})),
             "linear: weight is null, expected an array");

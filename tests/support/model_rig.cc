@@ -16,6 +16,7 @@
 #include "infllm/ops/kernels.h"
 #include "infllm/ops/transformer.h"
 #include "tests/support/rig.h"
+#include "tests/support/source_folder.h"
 
 namespace infllm::testing {
 namespace {
@@ -35,7 +36,7 @@ ModelRig::ModelRig(model::Model model, std::int32_t sequences, std::int32_t max_
   const std::int64_t page_bytes = kv_page_bytes(model_.backend(), layout);
   const auto bytes = static_cast<std::size_t>(page_bytes * blocks_ * sequences);
   for (std::int32_t i = 0; i < model_.config().layers; ++i) {
-    memory_.push_back(allocate(model_.backend(), bytes).value());
+    memory_.push_back(must(allocate(model_.backend(), bytes)));
     poison(model_.backend(), memory_.back());
     pages_.push_back({memory_.back().data(), layout, page_bytes, blocks_ * sequences});
   }
@@ -48,11 +49,11 @@ ModelRig::ModelRig(model::Model model, std::int32_t sequences, std::int32_t max_
                                  .max_sequences = sequences,
                                  .max_kv_length = max_tokens,
                                  .max_logits = sequences * max_tokens};
-  workspace_ = allocate(model_.backend(), model_.workspace_bytes(limits)).value();
+  workspace_ = must(allocate(model_.backend(), model_.workspace_bytes(limits)));
 }
 
 Buffer ModelRig::upload(const void* data, std::size_t bytes) {
-  Buffer buffer = allocate(model_.backend(), bytes).value();
+  Buffer buffer = must(allocate(model_.backend(), bytes));
   must(copy_in(model_.backend(), buffer.data(), data, bytes));
   return buffer;
 }
@@ -103,7 +104,7 @@ std::vector<Row> ModelRig::step(const std::vector<Chunk>& chunks) {
   const std::size_t needed = model_.workspace_bytes(batch, batch.num_tokens);
   EXPECT_LE(needed, workspace_.bytes()) << "a step within the limits needs more than they said";
   poison(model_.backend(), workspace_);
-  const Buffer logits = allocate(model_.backend(), model_.logits_bytes(batch.num_tokens)).value();
+  const Buffer logits = must(allocate(model_.backend(), model_.logits_bytes(batch.num_tokens)));
   must(model_.forward({.batch = batch,
                        .token_ids = ids_memory.as<std::int32_t>(),
                        .positions = positions_memory.as<std::int32_t>(),
@@ -139,7 +140,7 @@ std::vector<std::int32_t> ModelRig::greedy(std::int32_t sequence,
 }
 
 std::filesystem::path golden_folder(const std::string& name) {
-  return std::filesystem::path(INFLLM_SOURCE_DIR) / "tests/golden/model" / name;
+  return source_folder() / "tests/golden/model" / name;
 }
 
 ModelGolden read_golden(const std::string& name) {
@@ -151,8 +152,8 @@ ModelGolden read_golden(const std::string& name) {
   golden.greedy = json["greedy"].get<std::vector<std::int32_t>>();
   golden.margin = json["margin"].get<double>();
   golden.bf16_error = json.value("bf16_error", 0.0);
-  const MappedFile file = MappedFile::open(golden_folder(name) / "golden.safetensors").value();
-  const TensorView logits = model::parse_safetensors(file.bytes(), name).value().front().view;
+  const MappedFile file = must(MappedFile::open(golden_folder(name) / "golden.safetensors"));
+  const TensorView logits = must(model::parse_safetensors(file.bytes(), name)).front().view;
   const auto* data = static_cast<const std::byte*>(logits.data);
   for (std::int64_t row = 0; row < logits.shape[0]; ++row) {
     Row& out = golden.logits.emplace_back(logits.shape[1]);
@@ -167,10 +168,10 @@ ModelGolden read_golden(const std::string& name) {
 model::Model load_golden(const Backend& backend, const std::string& name,
                          const model::Overrides& overrides, const model::LoadOptions& options) {
   const std::filesystem::path folder = golden_folder(name);
-  model::ModelConfig config = model::read_config(folder).value();
+  model::ModelConfig config = must(model::read_config(folder));
   must(apply_overrides(config, overrides));
-  const auto source = model::open_checkpoint(folder);
-  return model::Model::load(backend, config, *source.value(), options).value();
+  const auto source = must(model::open_checkpoint(folder));
+  return must(model::Model::load(backend, config, *source, options));
 }
 
 double distance(const std::vector<Row>& a, const std::vector<Row>& b) {

@@ -7,6 +7,7 @@
 
 #include "infllm/backend/reference/rounding.h"
 #include "infllm/core/tensor.h"
+#include "tests/support/must.h"
 
 namespace infllm::testing {
 
@@ -117,7 +118,7 @@ std::vector<std::byte> encode(std::span<const double> values, DType dtype) {
 }
 
 Buffer upload_bytes(const Backend& backend, const void* data, std::size_t bytes) {
-  Buffer buffer = allocate(backend, bytes).value();
+  Buffer buffer = must(allocate(backend, bytes));
   const Status status = copy_in(backend, buffer.data(), data, bytes);
   INFLLM_CHECK(status.ok(), status.message());
   return buffer;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "infllm/backend/open.h"
+#include "tests/support/must.h"
 
 namespace infllm::testing {
 namespace {
@@ -118,7 +119,7 @@ Kernels recording_table(const Kernels& host) {
 
 }  // namespace
 
-Recorder::Recorder() : backend_(open_backend("reference", {.threads = 2}).value()) {
+Recorder::Recorder() : backend_(must(open_backend("reference", {.threads = 2}))) {
   INFLLM_CHECK(state == nullptr, "one Recorder at a time");
   static const Kernels* host = backend_.kernels;
   static const Kernels table = recording_table(*host);

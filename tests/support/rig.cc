@@ -18,17 +18,15 @@ namespace {
 constexpr std::int32_t kNoPage = INT32_MAX;  // behind the end of a sequence
 
 Buffer workspace_of(const Backend& backend, std::size_t bytes) {
-  return allocate(backend, bytes).value();
+  return must(allocate(backend, bytes));
 }
 
 std::span<std::byte> span_of(const Buffer& buffer) { return {buffer.data(), buffer.bytes()}; }
 
 }  // namespace
 
-void must(const Status& status) { EXPECT_TRUE(status.ok()) << status.message(); }
-
 Backend open(const std::string& name, int threads) {
-  return open_backend(name, {.threads = threads}).value();
+  return must(open_backend(name, {.threads = threads}));
 }
 
 Backend open_rounded(DType operand, DType output, int threads) {
@@ -81,7 +79,7 @@ Rig::Rig(Backend backend, const Case& c, DType kv_dtype, DType numbers)
   const std::int64_t page_bytes = kv_page_bytes(backend_, layout);
   const std::vector<std::byte> nan(static_cast<std::size_t>(page_bytes * num_pages),
                                    std::byte{0xff});  // is NaN in every floating-point type
-  page_memory_ = allocate(backend_, nan.size()).value();
+  page_memory_ = must(allocate(backend_, nan.size()));
   must(copy_in(backend_, page_memory_.data(), nan.data(), nan.size()));
   pages_ = {page_memory_.data(), layout, page_bytes, num_pages};
 }
@@ -127,7 +125,7 @@ void Rig::run(const Step& step) {
   batch_.num_tokens = starts.back();
   starts_memory_ = upload(backend_, starts);
   lengths_memory_ = upload(backend_, lengths);
-  sparse_memory_ = allocate(backend_, sparse.size()).value();
+  sparse_memory_ = must(allocate(backend_, sparse.size()));
   must(copy_in(backend_, sparse_memory_.data(), sparse.data(), sparse.size()));
   batch_.query_start = starts_memory_.as<std::int32_t>();
   batch_.kv_length = lengths_memory_.as<std::int32_t>();

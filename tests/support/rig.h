@@ -22,6 +22,7 @@
 #include "infllm/ops/kernels.h"
 #include "infllm/ops/score_select.h"
 #include "tests/support/cases.h"
+#include "tests/support/must.h"
 #include "tests/support/numbers.h"
 
 namespace infllm::testing {
@@ -106,9 +107,6 @@ class Rig {
   std::vector<std::int64_t> positions_;
   std::vector<bool> token_sparse_;
 };
-
-// Fails the running test with the operation's message.
-void must(const Status& status);
 
 // Opens a backend on `threads` threads; 2 by default, so that work is shared even on one core.
 Backend open(const std::string& name, int threads = 2);
