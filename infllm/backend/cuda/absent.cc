@@ -16,4 +16,9 @@ Result<Backend> open(std::string_view name) {
                   name));
 }
 
+Backend on_stream(const Backend& backend, void*) { return backend; }
+
+KeepCurrentDevice::KeepCurrentDevice() : ordinal_(-1) {}
+KeepCurrentDevice::~KeepCurrentDevice() = default;
+
 }  // namespace infllm::cuda

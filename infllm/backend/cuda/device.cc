@@ -4,10 +4,12 @@
 #include <fmt/format.h>
 
 #include "infllm/backend/cuda/blas.h"
+#include "infllm/backend/cuda/open.h"
 
 namespace infllm::cuda {
 namespace {
 
+constexpr std::size_t kArrivalBytes = 4096;
 constexpr int kOldestCapability = 80;  // Ampere: bf16 tensor cores and cp.async
 
 Result<int> attribute(cudaDeviceAttr which, int ordinal) {
@@ -19,9 +21,10 @@ Result<int> attribute(cudaDeviceAttr which, int ordinal) {
 }  // namespace
 
 Device::~Device() {
-  if (stream == nullptr) return;
+  if (stream == nullptr || !owns_stream) return;
   cudaSetDevice(ordinal);
   cudaStreamDestroy(stream);
+  cudaFree(arrivals);
 }
 
 Status to_status(std::string_view step, cudaError_t error) {
@@ -89,6 +92,9 @@ Result<std::shared_ptr<Device>> open_device(int ordinal) {
       static_cast<std::size_t>(INFLLM_TRY(attribute(cudaDevAttrL2CacheSize, ordinal)));
   INFLLM_TRY(to_status("cuda", cudaSetDevice(ordinal)));
   INFLLM_TRY(to_status("cuda", cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking)));
+  INFLLM_TRY(to_status("cuda", cudaMalloc(&device->arrivals, kArrivalBytes)));
+  INFLLM_TRY(to_status("cuda", cudaMemset(device->arrivals, 0, kArrivalBytes)));
+  INFLLM_TRY(to_status("cuda", cudaDeviceSynchronize()));
   return device;
 }
 
@@ -96,6 +102,32 @@ const Device& device_of(const Backend& backend) {
   const auto& device = *static_cast<const Device*>(backend.state.get());
   static_cast<void>(cudaSetDevice(device.ordinal));  // it was set before, so it can be set again
   return device;
+}
+
+Backend on_stream(const Backend& backend, void* stream) {
+  const auto& opened = *static_cast<const Device*>(backend.state.get());
+  auto device = std::make_shared<Device>();
+  device->ordinal = opened.ordinal;
+  device->sm_count = opened.sm_count;
+  device->capability = opened.capability;
+  device->shared_bytes = opened.shared_bytes;
+  device->l2_bytes = opened.l2_bytes;
+  device->stream = static_cast<cudaStream_t>(stream);
+  device->owns_stream = false;
+  device->blas = opened.blas;
+  Backend same = backend;
+  same.state = std::move(device);
+  return same;
+}
+
+KeepCurrentDevice::KeepCurrentDevice() : ordinal_(-1) {
+  if (cudaGetDevice(&ordinal_) == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());
+  ordinal_ = -1;
+}
+
+KeepCurrentDevice::~KeepCurrentDevice() {
+  if (ordinal_ >= 0) static_cast<void>(cudaSetDevice(ordinal_));
 }
 
 }  // namespace infllm::cuda

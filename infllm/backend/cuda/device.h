@@ -13,6 +13,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string_view>
 
@@ -34,7 +35,11 @@ struct Device {
   std::size_t shared_bytes = 0;  // the most that a block may ask for
   std::size_t l2_bytes = 0;
   cudaStream_t stream = nullptr;
+  bool owns_stream = true;     // false: on_stream() made this
   std::shared_ptr<Blas> blas;  // never null
+  // Zeros, between kernels: what thread blocks of one kernel count each other by (sm90/stream.h).
+  // Null on a stream of the caller's, where such kernels might meet.
+  std::uint32_t* arrivals = nullptr;
 };
 
 // kUnsupported says what is missing: the driver, a device of that number, its capability.
