@@ -24,6 +24,7 @@
 #include "infllm/ops/attend.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/select.h"
+#include "tests/cuda/poison.h"
 
 namespace infllm::cuda {
 
@@ -38,15 +39,18 @@ inline void must(const Status& status) {
   std::exit(2);
 }
 
-// Device memory, poisoned.
+// Device memory, poisoned. The columns' stream does not wait for the default one, on which memory
+// is filled: what is filled here is there when the constructor returns.
 template <typename T>
 struct Array {
   explicit Array(std::size_t n) : count(n) {
     must(cudaMalloc(&data, std::max<std::size_t>(n, 1) * sizeof(T)));
-    must(cudaMemset(data, 0xff, n * sizeof(T)));
+    must(poison(data, n * sizeof(T)));
+    must(cudaStreamSynchronize(nullptr));
   }
   explicit Array(const std::vector<T>& host) : Array(host.size()) {
     must(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyDefault));
+    must(cudaStreamSynchronize(nullptr));
   }
   Array(const Array&) = delete;
   ~Array() { cudaFree(data); }
