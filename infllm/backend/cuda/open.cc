@@ -7,6 +7,7 @@
 
 #include <charconv>
 
+#include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/decode/attend.h"
 #include "infllm/backend/cuda/decode/score_select.h"
 #include "infllm/backend/cuda/device.h"
@@ -99,6 +100,7 @@ Kernels general() {
       .score_select = {&decode::score_select_in_phases, &decode::score_select_bytes,
                        &decode::scores},
       .attend = {&general_attend, &general_attend_bytes},
+      .attend_backward = {&backward::attend_backward, &backward::attend_backward_bytes},
       .pack_linear = &pack_linear,
       .linear = {&linear, &linear_workspace_bytes},
       .upload_table = &upload_table,
