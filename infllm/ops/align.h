@@ -14,8 +14,8 @@
 //                        sum over t in b of exp(scale q_h . K[t, g] - LSE over all t <= p)
 //   prediction  x_h[j] = scale q_h . KC1[j, g] - N_h,  N_h = LSE of scale q_h . KC2[m, g] over the
 //                        visible m (0 if there are none; LseSource::kFine: of KC1)
-//               s[j]   = log sum over h of exp x_h[j]          R[b] = max s[j], windows j of block
-//               b r      = soft-max of R over F
+//               s[j]   = log sum over h of exp x_h[j]
+//               R[b]   = max of s[j] over the windows of b;  r = soft-max of R over F
 //   loss        L      = - sum over F of A[b] log r[b]
 //
 // A is a constant; the gradient reaches q through x and k through both kinds of pooled keys:

@@ -21,6 +21,10 @@ Status attend(const Backend&, const AttendParams&, Workspace);
 std::size_t attend_workspace_bytes(const Backend&, const AttendParams&);
 Status attend_backward(const Backend&, const AttendBackwardParams&, Workspace);
 std::size_t attend_backward_workspace_bytes(const Backend&, const AttendBackwardParams&);
+Status align(const Backend&, const AlignParams&, Workspace);
+std::size_t align_workspace_bytes(const Backend&, const AlignParams&);
+Status align_backward(const Backend&, const AlignBackwardParams&, Workspace);
+std::size_t align_backward_workspace_bytes(const Backend&, const AlignBackwardParams&);
 
 Result<LinearWeight> pack_linear(const Backend&, std::span<const TensorView> parts, WeightFormat,
                                  std::int32_t group_size);

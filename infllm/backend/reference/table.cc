@@ -22,6 +22,8 @@ const Kernels& kernels() {
       .select = {&select},
       .attend = {&attend, &attend_workspace_bytes},
       .attend_backward = {&attend_backward, &attend_backward_workspace_bytes},
+      .align = {&align, &align_workspace_bytes},
+      .align_backward = {&align_backward, &align_backward_workspace_bytes},
       .pack_linear = &pack_linear,
       .linear = {&linear, &linear_workspace_bytes},
       .upload_table = &upload_table,
