@@ -92,7 +92,8 @@ Result<std::shared_ptr<Device>> open_device(int ordinal) {
       static_cast<std::size_t>(INFLLM_TRY(attribute(cudaDevAttrL2CacheSize, ordinal)));
   INFLLM_TRY(to_status("cuda", cudaSetDevice(ordinal)));
   INFLLM_TRY(to_status("cuda", cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking)));
-  INFLLM_TRY(to_status("cuda", cudaMalloc(&device->arrivals, kArrivalBytes)));
+  INFLLM_TRY(
+      to_status("cuda", cudaMalloc(reinterpret_cast<void**>(&device->arrivals), kArrivalBytes)));
   INFLLM_TRY(to_status("cuda", cudaMemset(device->arrivals, 0, kArrivalBytes)));
   INFLLM_TRY(to_status("cuda", cudaDeviceSynchronize()));
   return device;
