@@ -11,6 +11,7 @@
 #include "python/bindings/steps.h"
 
 NB_MODULE(_native, module) {
+  nanobind::set_leak_warnings(false);  // opened devices live as long as the process
   infllm::python::bind_device(module);
   infllm::python::bind_arguments(module);
   infllm::python::bind_forward(module);

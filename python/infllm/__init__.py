@@ -10,7 +10,9 @@
 q is [tokens, heads, head_dim], k and v are [tokens, kv_heads, head_dim]; see ``attention``.
 """
 
-from infllm.attention import attention
+from infllm.attention import attention, choose
+from infllm.columns import available
 from infllm.config import SparseConfig
+from infllm.plan import Plan, make_plan
 
-__all__ = ["SparseConfig", "attention"]
+__all__ = ["Plan", "SparseConfig", "attention", "available", "choose", "make_plan"]

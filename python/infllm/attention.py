@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+import infllm.ops  # noqa: F401  (registers torch.ops.infllm)
 from infllm.config import SparseConfig
+from infllm.plan import Plan, make_plan, uniform_plan
 
 
 def attention(
@@ -23,6 +28,7 @@ def attention(
     selection: Tensor | None = None,
     q_score: Tensor | None = None,
     k_score: Tensor | None = None,
+    plan: Plan | None = None,
     return_lse: bool = False,
     return_selection: bool = False,
     backend: str | None = None,
@@ -48,6 +54,8 @@ def attention(
         selection: int32 [Hkv, T, K], ascending block indices with -1 behind them, to attend to
             these blocks; none are chosen then. Used for the sequences that are sparse.
         q_score, k_score: like q and k, before RoPE, when ``sparse_config.use_nope``.
+        plan: from ``make_plan``, in place of cu_seqlens, max_seqlen and sparse: made once for all
+            layers of a step.
         return_lse: also the log-sum-exp, float32 [Hq, T], differentiable.
         return_selection: also the selection, int32 [Hkv, T, K], K = ``sparse_config.columns(
             max_seqlen_k)``; K = 0 where no sequence can be sparse. Rows of dense sequences are -1.
@@ -57,4 +65,115 @@ def attention(
         out like q, or a tuple (out, lse, selection) of what was asked for. Gradients reach q, k and
         v through out and lse; the selection is held constant.
     """
-    raise NotImplementedError
+    q, k, v, q_score, k_score = _cast(q, k, v, q_score, k_score)
+    shape = q.shape
+    if plan is None:
+        plan = _plan(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
+                     sparse)
+    elif any(x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                     sparse)):
+        raise ValueError("plan: given with cu_seqlens, max_seqlen or sparse, expected it alone")
+    q, k, v, q_score, k_score = (_pack(x) for x in (q, k, v, q_score, k_score))
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    out, lse, chosen = torch.ops.infllm.attention(
+        q, k, v, q_score, k_score, selection, *_batch(plan), scale,
+        sparse_config.numbers() if sparse_config is not None else [], backend or "")
+    results = [out.view(shape)]
+    if return_lse:
+        results.append(lse)
+    if return_selection:
+        results.append(chosen if selection is None else selection)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    sparse_config: SparseConfig,
+    softmax_scale: float | None = None,
+    sparse: bool | Tensor | None = None,
+    q_score: Tensor | None = None,
+    k_score: Tensor | None = None,
+    plan: Plan | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The blocks that ``attention`` would attend to, for its argument ``selection``.
+
+    Chosen apart, they can be kept: under activation checkpointing (``infllm.save_selections``) the
+    second forward pass then attends to the very same blocks.
+
+    Args: those of ``attention``.
+
+    Returns:
+        int32 [Hkv, T, K], ascending in each row, -1 behind the last; rows of dense sequences -1.
+        K = ``sparse_config.columns(max_seqlen_k)``, or 0 where no sequence can be sparse.
+    """
+    q, k, _, q_score, k_score = _cast(q, k, k, q_score, k_score)
+    if plan is None:
+        plan = _plan(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
+                     sparse)
+    q, k, q_score, k_score = (_pack(x) for x in (q, k, q_score, k_score))
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    with torch.no_grad():
+        return torch.ops.infllm.choose(q, k, q_score, k_score, *_batch(plan), scale,
+                                       sparse_config.numbers(), backend or "")
+
+
+def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, the tensors in its type, as torch's own attention does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _pack(x: Tensor | None) -> Tensor | None:
+    """[B, S, H, D] as [B S, H, D]; others as they are."""
+    return x.flatten(0, 1) if x is not None and x.dim() == 4 else x
+
+
+def _batch(plan: Plan) -> tuple[Any, ...]:
+    return (plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length, plan.page_table, plan.sparse,
+            plan.max_seqlen_q, plan.max_seqlen_k)
+
+
+def _plan(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+          max_seqlen_q: int | None, max_seqlen_k: int | None, config: SparseConfig | None,
+          sparse: bool | Tensor | None) -> Plan:
+    if q.dim() not in (3, 4) or k.dim() != q.dim():
+        raise ValueError(f"q and k: {list(q.shape)} and {list(k.shape)}, expected [T, Hq, D] and "
+                         "[S, Hkv, D], or both with a leading B")
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: given without cu_seqlens_q, expected both")
+        if q.dim() == 3:
+            return uniform_plan(1, q.shape[0], k.shape[0], q.device, sparse_config=config,
+                                sparse=sparse)
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"k: {k.shape[0]} sequences, expected {q.shape[0]} as q")
+        return uniform_plan(q.shape[0], q.shape[1], k.shape[1], q.device, sparse_config=config,
+                            sparse=sparse)
+    if q.dim() == 4:
+        raise ValueError(f"q: {list(q.shape)} with cu_seqlens_q, expected packed [T, Hq, D]")
+    max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+    if cu_seqlens_k is None:
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    else:
+        max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    return make_plan(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config=config,
+                     sparse=sparse)
+
+
+def _longest(name: str, bound: int | None, cu_seqlens: Tensor) -> int:
+    if bound is not None:
+        return bound
+    if cu_seqlens.device.type != "cpu":
+        raise ValueError(f"{name}: missing, expected the longest sequence, or a bound on it; "
+                         "looking for it would wait for the device")
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0

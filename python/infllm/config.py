@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LSE_SOURCES = ("coarse", "fine")
@@ -51,6 +51,13 @@ class SparseConfig:
         if unknown:
             raise ValueError(f"sparse_config: unknown {unknown}, expected some of {sorted(known)}")
         return cls(**{name: value for name, value in values.items() if value is not None})
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> SparseConfig:
+        """The reverse of ``numbers``."""
+        *counts, use_nope, lse_source, score_rounding, legacy_window = numbers
+        return cls(*counts, bool(use_nope), LSE_SOURCES[lse_source],
+                   SCORE_ROUNDINGS[score_rounding], bool(legacy_window))
 
     @property
     def budget_blocks(self) -> int:

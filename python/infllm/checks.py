@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators ask of their tensors: messages name the argument, what was found and what was
+expected. They run while tracing, too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infllm.config import SparseConfig
+
+_MOST = 2**31 - 1  # tokens and pages are counted in 32 bits
+
+
+def _fail(name: str, x: Tensor, expected: str) -> None:
+    raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, expected {expected}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [T, Hq, D], k and v [S, Hkv, D], of one type on one device."""
+    if q.dim() != 3:
+        _fail("q", q, "[T, Hq, D]")
+    if k.dim() != 3 or k.shape[2] != q.shape[2] or k.dtype != q.dtype or k.device != q.device:
+        _fail("k", k, f"{q.dtype} [S, Hkv, {q.shape[2]}] on {q.device}, as q")
+    if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
+        _fail("v", v, f"{k.dtype} {list(k.shape)} on {k.device}, as k")
+    if k.shape[1] < 1 or q.shape[1] < 1 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"q: {q.shape[1]} heads for {k.shape[1]} KV heads, expected a multiple")
+    if q.shape[2] < 1:
+        _fail("q", q, "a head dimension of at least 1")
+    if q.shape[0] > _MOST or k.shape[0] > _MOST:
+        raise ValueError(f"q and k: {q.shape[0]} and {k.shape[0]} tokens, expected below 2 ** 31")
+
+
+def check_like(name: str, x: Tensor | None, like: Tensor, like_name: str) -> None:
+    if x is not None and (x.shape != like.shape or x.dtype != like.dtype
+                          or x.device != like.device):
+        _fail(name, x, f"{like.dtype} {list(like.shape)} on {like.device}, as {like_name}")
+
+
+def check_scores(q_score: Tensor | None, k_score: Tensor | None, q: Tensor, k: Tensor,
+                 config: SparseConfig | None) -> None:
+    """The tensors before RoPE are there exactly under use_nope."""
+    wanted = config is not None and config.use_nope
+    for name, x in (("q_score", q_score), ("k_score", k_score)):
+        if wanted and x is None:
+            raise ValueError(f"{name}: missing, expected the tensor before RoPE (use_nope)")
+        if not wanted and x is not None:
+            raise ValueError(f"{name}: given, but sparse_config.use_nope is not set")
+    check_like("q_score", q_score, q, "q")
+    check_like("k_score", k_score, k, "k")
+
+
+def check_batch(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_length: Tensor,
+                page_table: Tensor, sparse: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+                config: SparseConfig) -> None:
+    """The arrays of a plan: shapes, types, and that they are where q is."""
+    sequences = kv_length.shape[0]
+    for name, x, shape in (("cu_seqlens_q", cu_seqlens_q, [sequences + 1]),
+                           ("cu_seqlens_k", cu_seqlens_k, [sequences + 1]),
+                           ("kv_length", kv_length, [sequences])):
+        if x.dtype != torch.int32 or list(x.shape) != shape or x.device != q.device:
+            _fail(name, x, f"int32 {shape} on {q.device}")
+    if max_seqlen_q < 0 or max_seqlen_k < 0 or max_seqlen_k > _MOST:
+        raise ValueError(f"max_seqlen_q, max_seqlen_k: {max_seqlen_q}, {max_seqlen_k}, expected "
+                         "0 to 2 ** 31 - 1")
+    blocks = config.blocks_in(max_seqlen_k)
+    if (page_table.dtype != torch.int32 or page_table.dim() != 2
+            or page_table.shape[0] != sequences or page_table.shape[1] < blocks
+            or page_table.device != q.device):
+        _fail("page_table", page_table,
+              f"int32 [{sequences}, at least {blocks}] on {q.device} for max_seqlen_k = "
+              f"{max_seqlen_k}")
+    if sparse is not None and (sparse.dtype != torch.bool or list(sparse.shape) != [sequences]
+                               or sparse.device != q.device):
+        _fail("sparse", sparse, f"bool [{sequences}] on {q.device}")
+
+
+def check_selection(selection: Tensor | None, q: Tensor, heads_kv: int) -> None:
+    if selection is None:
+        return
+    expected = f"int32 [{heads_kv}, {q.shape[0]}, K] on {q.device} with K >= 1"
+    if (selection.dtype != torch.int32 or selection.dim() != 3 or selection.shape[2] < 1
+            or selection.shape[0] != heads_kv or selection.shape[1] != q.shape[0]
+            or selection.device != q.device):
+        _fail("selection", selection, expected)
+
+
+def check_selected_blocks(selection: Tensor, blocks: int) -> None:
+    """Of a host's selection, whose contents cost nothing to look at; a device masks such blocks."""
+    if selection.numel() == 0:
+        return
+    low, high = int(selection.min()), int(selection.max())
+    if low < -1 or high >= blocks:
+        raise ValueError(f"selection: block {low if low < -1 else high}, expected -1 to "
+                         f"{blocks - 1}")
+    left, right = selection[..., :-1], selection[..., 1:]
+    if not bool(((right == -1) | ((right > left) & (left >= 0))).all()):
+        raise ValueError("selection: expected ascending blocks in each row, -1 behind the last")

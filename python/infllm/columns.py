@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a tensor, and in which types."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from infllm import _native
+
+_TORCH_TYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16,
+                "f16": torch.float16}
+_ALIGNMENT = 16  # bytes; what the device's copy engine asks of an array
+
+
+class Column:
+    """An opened backend: where its arrays live, the type they have, and that of its cache."""
+
+    def __init__(self, name: str, threads: int, dtype: torch.dtype) -> None:
+        self.native = _native.Device(name, threads)
+        self.is_cuda = self.native.name.startswith("cuda")
+        ordinal = self.native.name.split(":")[1] if self.is_cuda else ""
+        self.device = torch.device(f"cuda:{ordinal}" if self.is_cuda else "cpu")
+        self.activation = _TORCH_TYPES[self.native.activation]
+        self.accumulate = (torch.float64 if self.activation is torch.float64 else torch.float32)
+        if self.activation is torch.float32:  # of bf16 numbers a host keeps no more than they are
+            self.cache = "bf16" if dtype is torch.bfloat16 else "f32"
+        else:
+            self.cache = self.native.activation
+
+    def stream(self) -> int:
+        """The caller's stream as the native side takes it."""
+        return torch.cuda.current_stream(self.device).cuda_stream if self.is_cuda else 0
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """x in the column's type, contiguous and aligned; x itself where it is that already."""
+        x = x.detach().to(device=self.device, dtype=self.activation).contiguous()
+        return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+    def place(self, x: Tensor) -> Tensor:
+        """An integer array where the column reads it."""
+        return x.to(self.device).contiguous()
+
+    def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def bytes(self, count: int) -> Tensor:
+        """Memory of the caller's allocator: for workspaces and pages."""
+        return torch.empty(count, dtype=torch.uint8, device=self.device)
+
+
+@functools.cache
+def _open(name: str, threads: int, dtype: torch.dtype, _process: int) -> Column:
+    # A forked process has none of its parent's threads, so it opens its own.
+    return Column(name, threads, dtype)
+
+
+def column_of(x: Tensor, backend: str = "") -> Column:
+    """The column that runs x: ``backend`` if it is named, else the best for its device and type.
+
+    float64 runs on the reference. CUDA takes bfloat16 and float16, the CPU anything.
+    """
+    name = backend
+    if x.device.type == "cuda":
+        if x.dtype not in (torch.bfloat16, torch.float16) and name != "reference":
+            raise TypeError(f"q: {x.dtype} on {x.device}, expected bfloat16 or float16; convert it, "
+                            'run under torch.autocast, or pass backend="reference"')
+        name = name or f"cuda:{x.device.index}" + (":f16" if x.dtype is torch.float16 else "")
+    elif x.device.type != "cpu":
+        raise NotImplementedError(f"q: on {x.device}, expected a CPU or CUDA tensor")
+    elif not name:
+        name = "reference" if x.dtype is torch.float64 else "cpu"
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"q: {x.dtype}, expected a floating-point type")
+    return _open(name, torch.get_num_threads(), x.dtype, os.getpid())
+
+
+def available() -> list[str]:
+    """The names that ``backend`` takes on this machine, slowest first."""
+    return _native.available()
