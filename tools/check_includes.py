@@ -40,8 +40,8 @@ ARROWS = {
     "infllm/backend/cuda/decode": [
         "infllm/backend/cuda/decode", *CUDA_SHARED, "infllm/ops", "infllm/core"],
     "infllm/backend/cuda/sm90": [
-        "infllm/backend/cuda/sm90", "infllm/backend/cuda/sm80", *CUDA_SHARED, "infllm/ops",
-        "infllm/core"],
+        "infllm/backend/cuda/sm90", "infllm/backend/cuda/sm80", "infllm/backend/cuda/backward",
+        *CUDA_SHARED, "infllm/ops", "infllm/core"],
     "infllm/model": ["infllm/model", "infllm/ops", "infllm/core"],
     "infllm/engine": ["infllm/engine", "infllm/model", "infllm/ops", "infllm/core"],
     "infllm/app": ["infllm"],

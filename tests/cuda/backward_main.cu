@@ -1,23 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Test and bench of the CUDA columns' attend_backward by itself, for a GPU machine that has nothing
-// but CUDA.
+// but CUDA. After a first word "sm90", of Hopper's own kernels, in the cases that they cover.
 //
 //   backward_main check [NAME]    shapes against float64 on sampled rows and keys; every result is
 //                                 taken twice and must repeat bit by bit; exit status 1 on a
 //                                 failure
 //   backward_main repeat [N]      100 (or N) runs of shapes with cut lists, dense and sparse: all
 //                                 the same bits
-//   backward_main bench N...      milliseconds and useful TFLOP/s, sparse and dense
+//   backward_main bench N...      milliseconds and useful TFLOP/s, sparse (neighbours share 0.8 of
+//                                 their free blocks, or draw their own) and dense
 #include <cstring>
 
 #include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/sm80/attend.h"
+#include "infllm/backend/cuda/sm90/attend.h"
+#include "infllm/backend/cuda/sm90/attend_backward.h"
 #include "tests/cuda/backward_judge.cuh"
 
 namespace infllm::cuda {
 namespace {
+
+bool is_hopper(const Backend& backend) { return backend.name.ends_with("sm90"); }
+
+Status run_backward(const Backend& backend, const AttendBackwardParams& p,
+                    std::span<std::byte> workspace) {
+  return is_hopper(backend) ? sm90::attend_backward(backend, p, workspace)
+                            : backward::attend_backward(backend, p, workspace);
+}
+
+std::size_t backward_bytes(const Backend& backend, const AttendBackwardParams& p) {
+  return is_hopper(backend) ? sm90::attend_backward_bytes(backend, p)
+                            : backward::attend_backward_bytes(backend, p);
+}
 
 template <typename Run>
 void with_workspace(std::size_t bytes, Run&& run) {
@@ -30,8 +46,7 @@ template <typename T>
 Gradients<T> differentiate(const Backend& backend, const Bed<T>& bed) {
   const Array<T> q(bed.rig.queries.size()), k(bed.key_count()), v(bed.key_count());
   const AttendBackwardParams p = bed.params(q.data, k.data, v.data);
-  with_workspace(backward::attend_backward_bytes(backend, p),
-                 [&](auto w) { return backward::attend_backward(backend, p, w); });
+  with_workspace(backward_bytes(backend, p), [&](auto w) { return run_backward(backend, p, w); });
   return {q.host(), k.host(), v.host()};
 }
 
@@ -66,7 +81,9 @@ bool check_case(const Backend& backend, const Case& c) {
   for (const bool sparse : {true, false}) {
     const std::vector<int> lists = sparse ? any_selection(Rig<T>(c), kColumns) : std::vector<int>();
     const Bed<T> bed(c, lists, sparse ? kColumns : 0);
-    const AttendParams forward = bed.params(nullptr, nullptr, nullptr).forward;
+    const AttendBackwardParams params = bed.params(nullptr, nullptr, nullptr);
+    const AttendParams& forward = params.forward;
+    if (is_hopper(backend) && !sm90::attends_backward(params)) continue;
     with_workspace(sm80::attend_bytes(backend, forward),
                    [&](auto w) { return sm80::attend(backend, forward, w); });
     const Gradients<T> once = differentiate(backend, bed);
@@ -92,7 +109,9 @@ bool check_repeats(const Backend& backend, const Case& c, int runs) {
     const std::vector<int> lists =
         columns > 0 ? any_selection(Rig<T>(c), columns) : std::vector<int>();
     const Bed<T> bed(c, lists, columns);
-    const AttendParams forward = bed.params(nullptr, nullptr, nullptr).forward;
+    const AttendBackwardParams params = bed.params(nullptr, nullptr, nullptr);
+    const AttendParams& forward = params.forward;
+    if (is_hopper(backend) && !sm90::attends_backward(params)) continue;
     with_workspace(sm80::attend_bytes(backend, forward),
                    [&](auto w) { return sm80::attend(backend, forward, w); });
     const Gradients<T> first = differentiate(backend, bed);
@@ -207,9 +226,11 @@ std::vector<int> correlated_selection(int tokens, int heads, int columns, double
   return selection;
 }
 
-void bench(const Backend& backend, int tokens, bool sparse) {
+// `keep`: the share of a token's free blocks that its neighbour has too; below 0: dense.
+void bench(const Backend& backend, int tokens, double keep) {
   using T = __nv_bfloat16;
   constexpr int kColumns = 96;
+  const bool sparse = keep >= 0;
   const Case c{.name = "bench",
                .config = SparseConfig{},
                .heads_kv = 2,
@@ -217,38 +238,45 @@ void bench(const Backend& backend, int tokens, bool sparse) {
                .dim = 128,
                .spans = {{0, tokens}}};
   const std::vector<int> lists =
-      sparse ? correlated_selection(tokens, 2, kColumns, 0.955) : std::vector<int>();
+      sparse ? correlated_selection(tokens, 2, kColumns, keep) : std::vector<int>();
   const Bed<T> bed(c, lists, sparse ? kColumns : 0);
   const cudaStream_t stream = device_of(backend).stream;
   const Array<T> q(bed.rig.queries.size()), k(bed.key_count()), v(bed.key_count());
   const AttendBackwardParams p = bed.params(q.data, k.data, v.data);
-  const std::size_t bytes = backward::attend_backward_bytes(backend, p);
-  const Array<std::byte> workspace(std::max(bytes, sm80::attend_bytes(backend, p.forward)));
+  const auto attend = is_hopper(backend) ? sm90::attend : sm80::attend;
+  const auto attend_bytes = is_hopper(backend) ? sm90::attend_bytes : sm80::attend_bytes;
+  const std::size_t bytes = backward_bytes(backend, p);
+  const Array<std::byte> workspace(std::max(bytes, attend_bytes(backend, p.forward)));
   const std::span<std::byte> w(workspace.data, workspace.count);
-  const double forward = time_of(stream, [&] { must(sm80::attend(backend, p.forward, w)); });
-  const double back = time_of(stream, [&] { must(backward::attend_backward(backend, p, w)); });
+  const double forward = time_of(stream, [&] { must(attend(backend, p.forward, w)); });
+  const double back = time_of(stream, [&] { must(run_backward(backend, p, w)); });
   double pairs = 0;
   for (int t = 0; t < tokens; ++t) {
     pairs += sparse && t / 64 + 1 > kColumns ? (kColumns - 1) * 64 + t % 64 + 1 : t + 1;
   }
   const double flops = 4.0 * pairs * 32 * 128;
+  const std::string kind = sparse ? "sparse, kept " + std::to_string(keep).substr(0, 4) : "dense";
   std::printf(
-      "%7d %-6s forward %8.3f ms (%3.0f TF)  backward %8.3f ms (%3.0f TF)  workspace %.0f MB\n",
-      tokens, sparse ? "sparse" : "dense", forward, flops / forward * 1e-9, back,
-      2.5 * flops / back * 1e-9, double(bytes) * 1e-6);
+      "%7d %-17s forward %8.3f ms (%3.0f TF)  backward %8.3f ms (%3.0f TF)  workspace %.0f MB\n",
+      tokens, kind.c_str(), forward, flops / forward * 1e-9, back, 2.5 * flops / back * 1e-9,
+      double(bytes) * 1e-6);
   std::fflush(stdout);
 }
 
 int run(int argc, char** argv) {
-  Backend backend{.name = "cuda:0:sm80"};
+  const bool hopper = argc > 1 && std::string(argv[1]) == "sm90";
+  argc -= hopper;
+  argv += hopper;
+  Backend backend{.name = hopper ? "cuda:0:sm90" : "cuda:0:sm80"};
   auto device = open_device(0);
   must(device.status());
   backend.state = device.value();
   const std::string mode = argc > 1 ? argv[1] : "check";
   if (mode == "bench") {
     for (int i = 2; i < argc; ++i) {
-      bench(backend, std::atoi(argv[i]), true);
-      if (std::atoi(argv[i]) <= 32768) bench(backend, std::atoi(argv[i]), false);
+      const int tokens = std::atoi(argv[i]);
+      for (const double keep : {0.8, 0.0}) bench(backend, tokens, keep);
+      if (tokens <= 32768) bench(backend, tokens, -1);
     }
     return 0;
   }

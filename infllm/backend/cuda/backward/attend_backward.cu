@@ -49,6 +49,16 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(StatisticsArgs a) 
   a.stats[row] = {lse == -INFINITY ? INFINITY : lse * static_cast<float>(kLog2E), sum};
 }
 
+bool has_lists(const AttendParams& forward) {
+  return forward.selection != nullptr && forward.batch.any_sparse;
+}
+
+std::int64_t part_floats(const AttendParams& forward, const Choosers& choosers) {
+  return std::int64_t{choosers.part_capacity} * 2 * kPageTokens * forward.pages.layout.head_dim;
+}
+
+}  // namespace
+
 Status take_statistics(const Backend& backend, const AttendBackwardParams& p,
                        RowStatistics* stats) {
   const AttendParams& f = p.forward;
@@ -70,16 +80,6 @@ Status take_statistics(const Backend& backend, const AttendBackwardParams& p,
   });
   return launched("attend_backward");
 }
-
-bool has_lists(const AttendParams& forward) {
-  return forward.selection != nullptr && forward.batch.any_sparse;
-}
-
-std::int64_t part_floats(const AttendParams& forward, const Choosers& choosers) {
-  return std::int64_t{choosers.part_capacity} * 2 * kPageTokens * forward.pages.layout.head_dim;
-}
-
-}  // namespace
 
 bool differentiates(const AttendBackwardParams& params) {
   const KvLayout& layout = params.forward.pages.layout;

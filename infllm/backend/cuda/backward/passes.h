@@ -34,6 +34,10 @@ struct BackwardArgs {
   float c;  // scale log2(e)
 };
 
+// Of all rows: the first kernel of every column.
+Status take_statistics(const Backend& backend, const AttendBackwardParams& params,
+                       RowStatistics* stats);
+
 // Rows of a thread block of the token-major pass; tile_tokens is how many tokens fit.
 int tile_tokens(const AttendParams& params);
 

@@ -10,8 +10,8 @@
 namespace infllm::cuda::sm90 {
 
 // Warp 0 of the feeding warpgroup: takes tiles, tells everybody, loads their K and V blocks.
-template <class C>
-__device__ __forceinline__ void feed_blocks(AttendShared<C>& shared, const AttendArgs& a,
+template <class C, class Shared>
+__device__ __forceinline__ void feed_blocks(Shared& shared, const AttendArgs& a,
                                             const CUtensorMap& k_map, const CUtensorMap& v_map) {
   using namespace tile;
   const int lane = static_cast<int>(threadIdx.x % 32);

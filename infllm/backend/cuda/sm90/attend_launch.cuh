@@ -89,18 +89,20 @@ inline Result<CUtensorMap> plane_map(const KvPages& pages, std::int64_t offset,
        .box = {64, kPageTokens, box_panels, 1, 1}});
 }
 
-// The 64 rows of 64 / G neighbouring tokens and the G query heads of one KV head.
-inline Result<CUtensorMap> query_map(const AttendParams& p) {
+// Rows like the queries', [T, Hq, D], in boxes of some neighbouring tokens and the G query heads of
+// one KV head.
+inline Result<CUtensorMap> rows_map(const AttendParams& p, const void* rows,
+                                    std::uint32_t box_tokens, std::uint32_t box_panels) {
   const auto dim = static_cast<std::uint64_t>(p.pages.layout.head_dim);
   const auto group = static_cast<std::uint32_t>(p.heads_q / p.pages.layout.kv_heads);
   const auto heads = static_cast<std::uint64_t>(p.heads_q);
   return tile::make_tensor_map(
-      {.data = p.q,
+      {.data = rows,
        .dtype = p.pages.layout.dtype,
        .rank = 4,
        .size = {64, heads, static_cast<std::uint64_t>(p.batch.num_tokens), dim / 64},
        .stride_bytes = {2 * dim, 2 * dim * heads, 128},
-       .box = {64, group, 64 / group, static_cast<std::uint32_t>(dim / 64)}});
+       .box = {64, group, box_tokens, box_panels}});
 }
 
 template <class C>
@@ -114,7 +116,8 @@ Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cu
   plan.take([&]<typename T>(T*& array, std::int64_t count) { array = arena.take<T>(count); }, taken,
             lists);
   const PagePool pool(params.pages);
-  const CUtensorMap q_map = INFLLM_TRY(query_map(params));
+  const CUtensorMap q_map = INFLLM_TRY(
+      rows_map(params, params.q, static_cast<std::uint32_t>(64 / plan.group), C::kPanels));
   const CUtensorMap k_map =
       INFLLM_TRY(plane_map(params.pages, pool.map.key(0), C::kBlocks == 1 ? C::kPanels : 1));
   const CUtensorMap v_map = INFLLM_TRY(plane_map(params.pages, pool.map.value(0), C::kPanels));

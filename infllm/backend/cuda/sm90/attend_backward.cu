@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <bit>
+
+#include "infllm/backend/cuda/page.cuh"
+#include "infllm/backend/cuda/sm90/attend_backward.h"
+#include "infllm/backend/cuda/sm90/attend_backward_passes.h"
+
+namespace infllm::cuda::sm90 {
+namespace {
+
+std::int64_t rows_of(const AttendBackwardParams& params) {
+  return std::int64_t{params.forward.batch.num_tokens} * params.forward.heads_q;
+}
+
+}  // namespace
+
+bool attends_backward(const AttendBackwardParams& params) {
+  const AttendParams& forward = params.forward;
+  const KvLayout& layout = forward.pages.layout;
+  if (layout.kv_heads < 1 || forward.heads_q % layout.kv_heads != 0) return false;
+  if (forward.batch.num_tokens == 0) return false;  // a tensor map cannot be empty
+  const auto group = static_cast<unsigned>(forward.heads_q / layout.kv_heads);
+  const bool sparse = forward.selection != nullptr && forward.batch.any_sparse;
+  const bool fits = sparse ? group >= 4 && group <= 32 : group >= 2 && group <= 64;
+  return std::has_single_bit(group) && fits && (layout.head_dim == 64 || layout.head_dim == 128) &&
+         layout.config.block_size == kPageTokens &&
+         (layout.dtype == DType::kBF16 || layout.dtype == DType::kF16);
+}
+
+Status attend_backward(const Backend& backend, const AttendBackwardParams& params,
+                       std::span<std::byte> workspace) {
+  if (params.forward.batch.max_kv_length == 0) return {};
+  Arena arena(workspace);
+  const std::int64_t rows = rows_of(params);
+  auto* stats = arena.take<RowStatistics>(rows);
+  const std::span<std::byte> rest = arena.rest();
+  if (rows > 0) {
+    INFLLM_TRY(backward::take_statistics(backend, params, stats));
+    INFLLM_TRY(query_gradient(backend, params, stats, rest));
+  }
+  return key_gradient(backend, params, stats, rest);
+}
+
+std::size_t attend_backward_bytes(const Backend& backend, const AttendBackwardParams& params) {
+  ArenaSize size;
+  size.take<RowStatistics>(rows_of(params));
+  size.add(std::max(query_gradient_bytes(params), key_gradient_bytes(backend, params)));
+  return size.bytes();
+}
+
+}  // namespace infllm::cuda::sm90

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// dQ on Hopper, token-major: the forward pass's tiles, lists and feeding warpgroup
+// (attend_kernel.cuh). Each computing warpgroup owns 64 rows:
+//
+//   for each block that one of its tokens wants:
+//     S = Q K^T   dP = dO V^T   dS = 2^(c S - LSE) (dP - Delta)   dQ += dS K
+//
+// Q and dO stay, K and V stream through the ring; K is needed to the end of a step, V until dP is
+// there. Warpgroups cover for each other's weights; in the dense pass, which has the registers for
+// it, a step's last product also runs beside the next step's first ones.
+#pragma once
+
+#include "infllm/backend/cuda/sm90/attend_backward_passes.h"
+#include "infllm/backend/cuda/sm90/attend_feed.cuh"
+#include "infllm/backend/cuda/sm90/attend_wishes.cuh"
+
+namespace infllm::cuda::sm90 {
+
+template <typename T, int kHeadDim, bool kIsSparse, int kGroupSize>
+struct QueryGradientConfig : AttendConfig<T, kHeadDim, kIsSparse, kGroupSize> {
+  using Base = AttendConfig<T, kHeadDim, kIsSparse, kGroupSize>;
+  static constexpr int kBlocks = 1;
+  static constexpr int kStageBytes = Base::kTileBytes;
+  static constexpr int kFit = static_cast<int>(
+      (kSharedLimit - 2048 - 2 * Base::kGroups * Base::kTileBytes) / (2 * kStageBytes));
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr bool kOverlaps = !kIsSparse;  // steps of a warpgroup
+};
+
+struct QueryGradientArgs {
+  AttendArgs attend;  // o is dQ
+  const RowStatistics* stats;
+  float scale;
+};
+
+template <class C>
+struct __align__(1024) QueryGradientShared {
+  struct Ring {
+    std::uint64_t k_full[C::kStages], k_empty[C::kStages];
+    std::uint64_t v_full[C::kStages], v_empty[C::kStages];
+  };
+  alignas(1024) std::byte q[C::kGroups][C::kTileBytes];
+  alignas(1024) std::byte grad_o[C::kGroups][C::kTileBytes];
+  alignas(1024) std::byte k[C::kStages][C::kStageBytes];
+  alignas(1024) std::byte v[C::kStages][C::kStageBytes];
+  Ring ring;
+  std::uint64_t rows_full[C::kGroups], rows_empty[C::kGroups];
+  std::uint64_t work_full[2], work_empty[2];
+  struct Work {
+    Tile tile;
+    std::int32_t entries;
+    std::int32_t singles;
+  } work[2];
+};
+
+// Wishes of a dense sequence: every block up to the tokens' own, if its page exists.
+template <class C>
+class AllBlocks {
+ public:
+  __device__ __forceinline__ AllBlocks(const AttendArgs& a, const Rows<C>& rows, int count, int)
+      : args_(a), rows_(rows), entries_(rows.in_use() ? count : 0) {}
+
+  __device__ __forceinline__ void load(int base) {
+    const int block = base + static_cast<int>(threadIdx.x % 32);
+    const Sequence sequence(args_.batch, rows_.tile.sequence);
+    const bool there = block < entries_ && block <= rows_.own_block() &&
+                       sequence.page(block, args_.pool.num_pages) >= 0;
+    group = __ballot_sync(0xffffffff, there);
+    own = __ballot_sync(0xffffffff, block == rows_.own_block());
+  }
+
+  unsigned group = 0;
+  unsigned row[2] = {~0u, ~0u};
+  unsigned own = 0;
+
+ private:
+  const AttendArgs& args_;
+  const Rows<C>& rows_;
+  int entries_;
+};
+
+// A warp of the feeding warpgroup for each computing one: its rows of Q and dO of each tile.
+template <class C>
+__device__ __forceinline__ void feed_gradient_rows(QueryGradientShared<C>& shared,
+                                                   const AttendArgs& a, const CUtensorMap& q_map,
+                                                   const CUtensorMap& grad_o_map, int group) {
+  using namespace tile;
+  const bool leader = threadIdx.x % 32 == 0;
+  for (unsigned n = 0;; ++n) {
+    mbarrier_wait(&shared.work_full[n % 2], n / 2 & 1);
+    const Tile tile = shared.work[n % 2].tile;
+    __syncwarp();
+    if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
+    if (tile.index < 0) return;
+    mbarrier_wait(&shared.rows_empty[group], (n & 1) ^ 1);
+    if (leader) {
+      std::uint64_t* full = &shared.rows_full[group];
+      const int head = tile.head << a.group_log2;
+      const int token = tile.first_token + (group * 64 >> a.group_log2);
+      mbarrier_arrive_expect_tx(full, 2 * C::kTileBytes);
+      tma_load_4d(&q_map, full, shared.q[group], 0, head, token, 0, CacheHint::kEvictFirst);
+      tma_load_4d(&grad_o_map, full, shared.grad_o[group], 0, head, token, 0,
+                  CacheHint::kEvictFirst);
+    }
+    __syncwarp();
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void store_queries(const QueryGradientArgs& args, const Rows<C>& rows,
+                                              const float (&grad_q)[C::kDim / 2]) {
+  const Tile& tile = rows.tile;
+  const int heads_q = args.attend.heads << rows.group_log2;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = tile.first_token + rows.token(i);
+    std::uint32_t words[C::kDim / 8];
+#pragma unroll
+    for (int j = 0; j < C::kDim / 8; ++j) {
+      words[j] = infllm::cuda::tile::pack2<typename C::Type>(
+          grad_q[4 * j + 2 * i] * args.scale, grad_q[4 * j + 2 * i + 1] * args.scale);
+    }
+    const std::int64_t row = std::int64_t{token} * heads_q + rows.head(i);
+    store_row<C>(static_cast<typename C::Type*>(args.attend.o) + row * C::kDim, words,
+                 token >= tile.begin && token < tile.end);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
+                                                const QueryGradientArgs& args, int group) {
+  using namespace tile;
+  using T = typename C::Type;
+  using Product = Wgmma<T, 64, Major::kK>;
+  using Sum = Wgmma<T, C::kDim, Major::kMN>;
+  using Wanted = std::conditional_t<C::kSparse, Wishes<C>, AllBlocks<C>>;
+  const AttendArgs& a = args.attend;
+  const bool leader = threadIdx.x % 32 == 0;
+  const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
+  Queries<C> queries(shared.q[group]);
+  Queries<C> gradients(shared.grad_o[group]);
+  RingCursor<C::kStages> ring;
+  for (unsigned n = 0;; ++n) {
+    mbarrier_wait(&shared.work_full[n % 2], n / 2 & 1);
+    const auto& work = shared.work[n % 2];
+    const Tile& tile = work.tile;
+    const int entries = work.entries;
+    if (tile.index < 0) return;
+    const Rows<C> rows(tile, a, group);
+    Wanted wishes(a, rows, entries, work.singles);
+    RowStatistics stats[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = tile.first_token + rows.token(i);
+      stats[i] = {kInfinity, 0};  // weights of zero
+      if (token >= tile.begin && token < tile.end) {
+        stats[i] = args.stats[std::int64_t{token} * (a.heads << rows.group_log2) + rows.head(i)];
+      }
+    }
+    float s[32], grad_p[32], grad_q[C::kDim / 2];
+    std::uint32_t grad_s[16];
+#pragma unroll
+    for (int i = 0; i < C::kDim / 2; ++i) grad_q[i] = 0;
+
+    // s becomes dS of the rows that want the block.
+    const auto weigh_rows = [&](unsigned bit) {
+      if (wishes.own & bit) {
+        const int first = tile.position - rows.own_block() * kPageTokens;
+        mask_beyond(s, {first + rows.token(0), first + rows.token(1)}, lane_column);
+      }
+      bool wanted[2];
+      float lse[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        wanted[i] = (wishes.row[i] & bit) != 0;
+        lse[i] = wanted[i] ? stats[i].lse : kInfinity;
+      }
+      const bool any = !C::kSparse || __any_sync(0xffffffff, wanted[0] || wanted[1]);
+      if (any) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) s[i] = fast_exp2(fmaf(s[i], a.c, -lse[i / 2 % 2]));
+      }
+      return any;
+    };
+    const auto keep_gradients = [&](bool any) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float delta = stats[i % 2].delta;
+        grad_s[i] = any ? pack2<T>(s[2 * i] * (grad_p[2 * i] - delta),
+                                   s[2 * i + 1] * (grad_p[2 * i + 1] - delta))
+                        : 0;
+      }
+    };
+    const auto add_keys = [&](int stage) {
+      const std::uint64_t k_desc = smem_desc_mn_major(shared.k[uniform(stage)]);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        Sum::rs(grad_q, grad_s[4 * k], grad_s[4 * k + 1], grad_s[4 * k + 2], grad_s[4 * k + 3],
+                k_desc + k * kStepMnMajor, 1);
+      }
+      wgmma_commit();
+    };
+
+    mbarrier_wait(&shared.rows_full[group], n & 1);
+    queries.hold(shared.q[group]);
+    gradients.hold(shared.grad_o[group]);
+    if constexpr (C::kHoldQueries) {
+      __syncwarp();
+      if (leader) mbarrier_arrive(&shared.rows_empty[group]);
+    }
+    int before = -1;  // the stage of the ring whose last product is under way
+    const auto finish = [&] {
+      if (before < 0) return;
+      wgmma_wait<0>();
+      wgmma_pin(grad_q);
+      if (leader) mbarrier_arrive(&shared.ring.k_empty[before]);
+      before = -1;
+    };
+    for (int entry = 0; entry < entries; ++entry, ring.advance()) {
+      if (entry % 32 == 0) wishes.load(entry);
+      const unsigned bit = 1u << entry % 32;
+      if ((wishes.group & bit) == 0) {
+        finish();
+        if (leader) {
+          mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
+          mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
+          mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
+          mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+        }
+        __syncwarp();
+        continue;
+      }
+      // Rows of the last page that nobody wrote must not meet a weight of zero.
+      const int written = (wishes.own & bit) ? tile.length - rows.own_block() * kPageTokens : 64;
+      mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
+      if (written < kPageTokens) clear_tail<C>(shared.k[ring.stage], written, group);
+      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[uniform(ring.stage)]),
+                                         kPanelBytes);
+      mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
+      if (written < kPageTokens) clear_tail<C>(shared.v[ring.stage], written, group);
+      gradients.template multiply<Product>(grad_p, smem_desc_k_major(shared.v[uniform(ring.stage)]),
+                                           kPanelBytes);
+      wgmma_wait<1>();
+      wgmma_pin(s);
+      if constexpr (C::kOverlaps) {
+        if (before >= 0 && leader) mbarrier_arrive(&shared.ring.k_empty[before]);
+      }
+      const bool any = weigh_rows(bit);
+      wgmma_wait<0>();
+      wgmma_pin(grad_p);
+      if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+      keep_gradients(any);
+      add_keys(ring.stage);
+      before = ring.stage;
+      if constexpr (!C::kOverlaps) finish();
+    }
+    finish();
+    if constexpr (!C::kHoldQueries) {
+      __syncwarp();
+      if (leader) mbarrier_arrive(&shared.rows_empty[group]);
+    }
+    store_queries<C>(args, rows, grad_q);
+    __syncwarp();
+    if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    query_gradient_kernel(const __grid_constant__ CUtensorMap q_map,
+                          const __grid_constant__ CUtensorMap grad_o_map,
+                          const __grid_constant__ CUtensorMap k_map,
+                          const __grid_constant__ CUtensorMap v_map,
+                          const __grid_constant__ QueryGradientArgs args) {
+  using namespace tile;
+  using Shared = QueryGradientShared<C>;
+  extern __shared__ std::byte memory[];
+  auto& shared = *reinterpret_cast<Shared*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  const int warp = warp_index();
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = C::kGroups * 4;
+    for (int i = 0; i < C::kStages; ++i) {
+      mbarrier_init(&shared.ring.k_full[i], 1);
+      mbarrier_init(&shared.ring.v_full[i], 1);
+      mbarrier_init(&shared.ring.k_empty[i], kWarps);
+      mbarrier_init(&shared.ring.v_empty[i], kWarps);
+    }
+    for (int i = 0; i < C::kGroups; ++i) {
+      mbarrier_init(&shared.rows_full[i], 1);
+      mbarrier_init(&shared.rows_empty[i], 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(&shared.work_full[i], 1);
+      mbarrier_init(&shared.work_empty[i], kWarps + C::kGroups);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (warp < 4) {
+    setmaxnreg_dec<C::kFeedRegisters>();
+    if (warp == 0) feed_blocks<C>(shared, args.attend, k_map, v_map);
+    if (warp >= 1 && warp <= C::kGroups) {
+      feed_gradient_rows<C>(shared, args.attend, q_map, grad_o_map, warp - 1);
+    }
+  } else {
+    setmaxnreg_inc<C::kComputeRegisters>();
+    compute_queries<C>(shared, args, warp / 4 - 1);
+  }
+}
+
+}  // namespace infllm::cuda::sm90
