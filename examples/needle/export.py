@@ -14,6 +14,11 @@ import safetensors.torch
 import torch
 
 
+def end_of_turn(config):
+    """<|im_end|>, the first of the eight added tokens."""
+    return config.vocab_size - 8
+
+
 def config_json(config):
     half = config.head_dim // 2
     return {
@@ -46,7 +51,7 @@ def config_json(config):
         "use_cache": True,
         "pad_token_id": 2,
         "bos_token_id": 1,
-        "eos_token_id": [2, 4088],
+        "eos_token_id": [2, end_of_turn(config)],
         "torch_dtype": "bfloat16",
         "sparse_config": dataclasses.asdict(config.sparse),
     }
@@ -70,7 +75,7 @@ def write(state, config, out):
         {
             "bos_token_id": 1,
             "do_sample": False,
-            "eos_token_id": [2, 4088],
+            "eos_token_id": [2, end_of_turn(config)],
             "max_new_tokens": 64,
             "pad_token_id": 2,
         },

@@ -58,13 +58,13 @@ def sentences(folder: pathlib.Path, fact_share: float = 0.04):
                 yield drawn.questions[0].text
 
 
-def train(folder: pathlib.Path) -> bytes:
+def train(lines, pieces: int = PIECES) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences(folder),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
-        vocab_size=PIECES,
+        vocab_size=pieces,
         byte_fallback=True,
         split_digits=True,
         split_by_whitespace=True,
@@ -230,7 +230,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("models/needle-32k"))
     parser.add_argument("--max-length", type=int, default=40960)
     args = parser.parse_args()
-    write(args.out, train(args.text / "train"), args.max_length)
+    write(args.out, train(sentences(args.text / "train")), args.max_length)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "tokenizer.model"))
     for source in corpus.SOURCES["heldout"]:
         text = (args.text / "heldout" / f"{source.package}.txt").read_text(encoding="utf-8")

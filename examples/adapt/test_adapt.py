@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole experiment in miniature: text, tokenizer, data, four runs, evaluation, export."""
+
+import json
+import lzma
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+torch = pytest.importorskip("torch")
+pytest.importorskip("sentencepiece")
+pytest.importorskip("safetensors")
+sys.path.insert(0, str(HERE))
+
+import documents  # noqa: E402
+import evaluate  # noqa: E402
+import numpy as np  # noqa: E402
+import ruler  # noqa: E402
+import settings  # noqa: E402
+import tokenizer  # noqa: E402
+import train  # noqa: E402
+
+CONFIG = HERE / "configs/smoke.toml"
+
+
+def call(main, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+    main()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with text, tokenizer and data, made from the needle example's document."""
+    root = tmp_path_factory.mktemp("adapt")
+    text = (HERE.parent / "needle/document.txt").read_bytes()
+    for split in ("train", "heldout"):
+        (root / "text" / split).mkdir(parents=True)
+        (root / "text" / split / "document.txt.xz").write_bytes(lzma.compress(text))
+    with pytest.MonkeyPatch.context() as patch:
+        call(tokenizer.main, patch, "--text", root / "text", "--out", root / "tokenizer",
+             "--pieces", 1016)  # fmt: skip
+        call(documents.main, patch, *paths(root), "--processes", 1)
+    return root
+
+
+def paths(root):
+    return ("--text", root / "text", "--tokenizer", root / "tokenizer/tokenizer.model",
+            "--data", root / "data")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def maker(root):
+    return documents.Maker(
+        root / "tokenizer/tokenizer.model", documents.Filler(root / "data", "heldout")
+    )
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("length", (1024, 4096))
+def test_case_holds_its_answer(maker, task, length):
+    sample = maker.case(3, task, length)
+    assert len(sample.tokens) == len(sample.kinds) == length + 1
+    assert (sample.kinds != documents.PAD).mean() > 0.8
+    processor = maker.codec.processor
+    first_answer = min(item[2] for item in sample.items)
+    size = processor.vocab_size()
+    document = processor.decode([t for t in sample.tokens[:first_answer].tolist() if t < size])
+    for name, turn, first, last in sample.items:
+        assert name == task
+        item = processor.decode(sample.tokens[first:last].tolist()).strip()
+        assert item and item in document
+        assert (sample.kinds[first:last] == documents.ANSWER).all()
+
+
+def test_cases_are_the_same_every_time(maker):
+    for task in ruler.TASKS:
+        a, b = maker.case(5, task, 1024), maker.case(5, task, 1024)
+        assert np.array_equal(a.tokens, b.tokens) and a.items == b.items
+    assert not np.array_equal(maker.case(5, "single_2", 1024).tokens,
+                              maker.case(6, "single_2", 1024).tokens)  # fmt: skip
+
+
+def test_training_samples_fill_their_length(maker):
+    turns = set()
+    for seed in range(40):
+        sample = maker.training(np.random.default_rng(seed), 1024)
+        assert len(sample.tokens) == len(sample.kinds) == 1025
+        assert sample.tokens.max() < 1024
+        turns.update(item[0] for item in sample.items)
+    assert len(turns) >= 6  # the mixture reaches most tasks
+
+
+def test_leaders_are_the_most_frequent():
+    tasks = ruler.Tasks(np.random.default_rng(1), [f"word{i}" for i in range(600)])
+    for drawn in (tasks.common(4096), tasks.frequent(4096)):
+        counts = {}
+        for word in drawn.filler:
+            counts[word.strip()] = counts.get(word.strip(), 0) + 1
+        ranked = sorted(counts.values(), reverse=True)
+        items = drawn.turns[0].items
+        assert sorted((counts[str(i)] for i in items), reverse=True) == ranked[: len(items)]
+
+
+def test_taught_rows():
+    rows = train.taught_rows(128, 512, 64, torch.Generator().manual_seed(1)).tolist()
+    assert rows == sorted(set(rows)) and max(rows) < 512
+    for end in range(128, 513, 128):
+        assert set(range(end - 8, end)) <= set(rows)
+
+
+def test_schedule():
+    phase = settings.load(HERE / "configs/h200.toml").phases["pretrain"]
+    lengths = {phase.length(step, 1) for step in range(phase.steps)}
+    assert lengths == {512, 1024, 2048, 4096}
+    assert phase.share(0, 0.0) == pytest.approx(1 / phase.warmup)
+    assert phase.share(1000, 0.5) == 1.0 and phase.share(1000, 1.0) == pytest.approx(0.3)
+
+
+def test_from_pretraining_to_scores(root, monkeypatch):
+    common = ("--config", CONFIG, *paths(root), "--workers", 0)
+    call(train.main, monkeypatch, *common, "--phase", "pretrain", "--out", root / "short")
+    model = root / "short/model"
+    for arm in train.ARMS:
+        call(train.main, monkeypatch, *common, "--phase", "adapt", "--arm", arm,
+             "--init", model, "--out", root / arm, "--log-every", 1)  # fmt: skip
+        lines = (root / arm / "log.jsonl").read_text().splitlines()
+        assert len(lines) == 3 and all(np.isfinite(json.loads(x)["text_loss"]) for x in lines)
+        assert ("align_loss" in json.loads(lines[0])) == (arm == "aligned")
+    # A finished run that is started again has nothing left to do.
+    before = (root / "sparse/log.jsonl").read_text()
+    call(train.main, monkeypatch, *common, "--phase", "adapt", "--arm", "sparse",
+         "--init", model, "--out", root / "sparse")  # fmt: skip
+    assert (root / "sparse/log.jsonl").read_text() == before
+    out = root / "results.jsonl"
+    call(evaluate.main, monkeypatch, *common, "--model", root / "sparse/model", "--arm", "sparse",
+         "--out", out)  # fmt: skip
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    tasks = [r for r in records if r["name"] == "adapt.task"]
+    assert {(r["task"], r["attention"]) for r in tasks} == {
+        (task, attention) for task in ruler.TASKS for attention in ("dense", "sparse")
+    }
+    perplexities = [r for r in records if r["name"] == "adapt.perplexity"]
+    assert len(perplexities) == 4 and all(3 < r["nll"] < 9 for r in perplexities)
+
+
+def test_engine_loads_the_checkpoint(root):
+    binary = os.environ.get("INFLLM_BINARY")
+    if not binary or not (root / "sparse/model").exists():
+        pytest.skip("INFLLM_BINARY names no program")
+    answer = subprocess.run(
+        [binary, "run", str(root / "sparse/model"), "--prompt", "The", "--max-tokens", "4"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
