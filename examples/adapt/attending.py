@@ -25,28 +25,40 @@ def dense(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
 class Attend:
     """attend(layer, q, k, v) of one batch; collects the alignment losses of the layers it teaches.
 
-    length: of every sequence; sparse: the config to select with, None: dense everywhere
-    taught: layers whose selection is taught; rows: how many rows of a batch teach it
+    total, length: tokens of the batch and of every sequence
+    sparse: the config to select with; None attends densely
+    taught, rows, config: layers whose selection is taught, by which rows, for which config
     """
 
+    total: int
     length: int
+    device: torch.device
     sparse: infllm.SparseConfig | None = None
     taught: tuple = ()
     rows: Tensor | None = None
     config: infllm.SparseConfig | None = None
     losses: list = dataclasses.field(default_factory=list)
 
+    def __post_init__(self):
+        self.plan = None
+        if self.sparse is not None and not self.sparse.is_sparse_at(self.length):
+            self.sparse = None
+        if self.sparse is not None or self.taught:
+            cu = torch.arange(
+                0, self.total + 1, self.length, dtype=torch.int32, device=self.device
+            )
+            self.rows = None if self.rows is None else self.rows.to(self.device)
+            self.plan = infllm.make_plan(
+                cu, None, self.length, self.length, sparse_config=self.sparse
+            )
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        total = q.shape[0]
-        cu = torch.arange(0, total + 1, self.length, dtype=torch.int32, device=q.device)
         if layer in self.taught:
             self.losses.append(
                 infllm.selection_alignment_loss(
-                    q, k, cu, max_seqlen=self.length, rows=self.rows, sparse_config=self.config
-                )
+                    q, k, plan=self.plan, rows=self.rows, sparse_config=self.config
+                ).mean()
             )
-        if self.sparse is None or not self.sparse.is_sparse_at(self.length):
+        if self.sparse is None:
             return dense(q, k, v, self.length)
-        return infllm.attention(
-            q, k, v, cu, cu, self.length, self.length, sparse_config=self.sparse
-        )
+        return infllm.attention(q, k, v, plan=self.plan, sparse_config=self.sparse)

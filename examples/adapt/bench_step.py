@@ -75,13 +75,12 @@ def main():
             for step in range(args.warmup + args.steps):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
-                attend = attending.Attend(length, sparse)
+                lesson = {}
                 if arm == "aligned":
-                    attend.taught = tuple(range(settings.align["layers"]))
-                    attend.config = net.config.sparse
-                    attend.rows = train.taught_rows(
-                        length, count * length, settings.align["rows"], generator
-                    ).to(device)
+                    lesson = train.draw_lesson(
+                        settings.align, net.config, length, count * length, generator
+                    )
+                attend = attending.Attend(count * length, length, device, sparse, **lesson)
                 loss, _ = train.step_losses(net, tokens, kinds, attend, rope, settings.optimizer)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -123,7 +123,7 @@ class Maker:
     def training(self, rng, length):
         """One training sample of the mixture."""
         count = self.codec.count
-        most_turns = int(np.clip(length // 128, 2, 24))
+        most_turns = int(np.clip(length // 128, 2, 40))
         while True:
             tasks = ruler.Tasks(rng, self.filler.words)
             drawn = tasks.draw_mixture(length - 160 - 48 * most_turns // 2, count, most_turns)

@@ -69,7 +69,8 @@ class Scorer:
             positions = torch.arange(length, device=self.device).repeat(count)
             self.ropes = {(count, length): network.rope_table(positions, self.net.config)}
         tokens = tokens.to(self.device, non_blocking=True)
-        attend = attending.Attend(length, self.net.config.sparse if sparse else None)
+        config = self.net.config.sparse if sparse else None
+        attend = attending.Attend(count * length, length, self.device, config)
         losses, hits = self.net(
             tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), *self.ropes[count, length], attend
         )

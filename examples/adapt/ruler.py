@@ -238,7 +238,7 @@ class Tasks:
             return getattr(self, self.rng.choice(("common", "frequent")))(room)
         if kind == "needles":
             task = self.rng.choice(("multi_key_2", "multi_key_3"))
-            return self.needles(task, room, count, most_turns)
+            return self.needles(str(task), room, count, most_turns)
         merged = Draw([], [], "noise" if self.rng.random() < 0.12 else "text")
         share = self.rng.uniform(0.45, 0.75) if room < 1024 else self.rng.uniform(0.08, 0.35)
         makers = (self.single, self.single_code, self.multi_key, self.multi_value,

@@ -67,6 +67,14 @@ def taught_rows(length: int, total: int, rows: int, generator) -> torch.Tensor:
     return torch.cat([ends.flatten(), others]).unique().to(torch.int32)
 
 
+def draw_lesson(align: dict, config, length: int, total: int, generator) -> dict:
+    """What a step of the arm `aligned` teaches: some layers, drawn anew each time, by some rows."""
+    order = torch.randperm(config.num_hidden_layers, generator=generator)
+    rows = taught_rows(length, total, align["rows"], generator)
+    return {"taught": tuple(order[: align["layers"]].tolist()), "rows": rows,
+            "config": config.sparse}  # fmt: skip
+
+
 def mean_where(values, mask):
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
@@ -166,13 +174,10 @@ def main():
         if length not in ropes:
             positions = torch.arange(length, device=device).repeat(count)
             ropes[length] = network.rope_table(positions, net.config)
-        attend = attending.Attend(length, sparse)
+        lesson = {}
         if args.arm == "aligned" and args.phase == "adapt":
-            order = torch.randperm(net.config.num_hidden_layers, generator=generator)
-            attend.taught = tuple(order[: settings.align["layers"]].tolist())
-            attend.rows = taught_rows(length, count * length, settings.align["rows"], generator)
-            attend.rows = attend.rows.to(device)
-            attend.config = net.config.sparse
+            lesson = draw_lesson(settings.align, net.config, length, count * length, generator)
+        attend = attending.Attend(count * length, length, device, sparse, **lesson)
         loss, parts = step_losses(wrapped, tokens, kinds, attend, ropes[length], settings.optimizer)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
