@@ -6,9 +6,10 @@
 
 Reads the lines of device_bench, runs PyTorch's scaled_dot_product_attention with its cuDNN and
 FlashAttention-2 backends at the same shapes (causal prefill for dense.forward and
-attention.forward, one query token for the decode rows), and infllm_v2's published kernels where
-they are installed, and writes every line of ours with its peers: peer, peer_ms, ratio. Run it right
-after device_bench, on the same machine. Lines of other programs pass through unchanged.
+attention.forward, its gradients for the backward rows, one query token for the decode rows), and
+infllm_v2's published kernels where they are installed (published_peer.py), and writes every line of
+ours with its peers: peer, peer_ms, ratio. Run it right after device_bench, on the same machine.
+Lines of other programs pass through unchanged.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import pathlib
 import statistics
 import sys
 
+import published_peer
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -82,6 +84,24 @@ def dense_prefill(shape, backend):
         return milliseconds(call_of(tokens), 5)
 
 
+def dense_backward(shape, backend, with_forward):
+    """Gradients of causal attention alone, or both passes."""
+    tokens = shape["tokens"]
+    q, k, v = (x.requires_grad_() for x in inputs(shape, tokens, tokens))
+
+    def forward():
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    with sdpa_kernel(BACKENDS[backend]):
+        o = forward()
+        grad_o = torch.randn_like(o)
+        if with_forward:
+            call = lambda: torch.autograd.grad(forward(), (q, k, v), grad_o)  # noqa: E731
+        else:
+            call = lambda: torch.autograd.grad(o, (q, k, v), grad_o, retain_graph=True)  # noqa: E731
+        return milliseconds(call, 3)
+
+
 def dense_decode(shape, backend):
     """Caches of several layers in turn, so that none of them stays in the L2 cache."""
     bytes_of_layer = 4 * shape["batch"] * shape["heads_kv"] * shape["tokens"] * shape["head_dim"]
@@ -96,39 +116,9 @@ def dense_decode(shape, backend):
         return milliseconds(graphed(call), 5) / len(layers)
 
 
-def published_prefill(shape):
-    """The published kernels: selection with stage 1, max-pool and top-k, then stage 2."""
-    from infllm_v2 import (infllmv2_attn_stage1, infllmv2_attn_varlen_func, max_pooling_1d)
-    tokens, blocks, device = shape["tokens"], shape["blocks"], "cuda"
-    def rows(heads, count):
-        return torch.randn(count, heads, shape["head_dim"], device=device, dtype=torch.bfloat16)
-    q, k, v = rows(shape["heads_q"], tokens), rows(shape["heads_kv"], tokens), rows(
-        shape["heads_kv"], tokens)
-    starts = torch.tensor([0, tokens], device=device, dtype=torch.int32)
-    pooled = k.unfold(0, 32, 16).mean(-1).contiguous()
-    coarse = k.unfold(0, 128, 64).mean(-1).contiguous()
-    pooled_starts = torch.tensor([0, pooled.shape[0]], device=device, dtype=torch.int32)
-    coarse_starts = torch.tensor([0, coarse.shape[0]], device=device, dtype=torch.int32)
-
-    def select():
-        k.unfold(0, 32, 16).mean(-1)
-        k.unfold(0, 128, 64).mean(-1)
-        scores = infllmv2_attn_stage1(
-            q, pooled, coarse, cu_seqlens_q=starts, cu_seqlens_k=pooled_starts,
-            cu_seqlens_v=coarse_starts, max_seqlen_q=tokens, max_seqlen_k=pooled.shape[0],
-            causal=True)
-        best = max_pooling_1d(scores, cache_len=0, local_blocks=33, init_blocks=1, block_size=64,
-                              stride=16)
-        return best.topk(blocks - 32, dim=-1).indices.sort(-1).values.to(torch.int32)
-
-    chosen = select()
-
-    def attend():
-        infllmv2_attn_varlen_func(
-            q, k, v, starts, starts, tokens, tokens, dropout_p=0.0, deterministic=False,
-            softmax_scale=None, causal=True, return_attn_probs=False, topk_idx=chosen,
-            block_window_size=32)
-
+def published_prefill(module, shape):
+    """Milliseconds of the published kernels' two steps."""
+    select, attend = published_peer.steps(module, shape)
     return milliseconds(select, 3), milliseconds(attend, 3)
 
 
@@ -137,11 +127,11 @@ class Peers:
 
     def __init__(self):
         self.known = {}
+        self.published = None
         try:
-            import infllm_v2  # noqa: F401
-            self.has_published = True
-        except ImportError:
-            self.has_published = False
+            self.published = published_peer.load()
+        except ImportError as error:
+            print(f"without the published kernels: {error}", file=sys.stderr)
 
     def measure(self, key, call):
         if key not in self.known:
@@ -169,9 +159,16 @@ class Peers:
                 found[backend] = self.measure(
                     (backend, "prefill" if prefill else "decode", *place),
                     lambda run=run, backend=backend: run(shape, backend))
+        if kind in ("dense.backward", "attend.backward", "dense.forward_backward",
+                    "attention.forward_backward") and shape["tokens"] <= LONG:
+            for backend in BACKENDS:
+                both = kind.endswith("forward_backward")
+                found[backend] = self.measure(
+                    (backend, "forward_backward" if both else "backward", *place),
+                    lambda both=both, backend=backend: dense_backward(shape, backend, both))
         published = ("select.forward", "attend.forward", "attention.forward")
-        if self.has_published and kind in published and shape["tokens"] <= 131072:
-            both = self.measure(("infllm_v2", *place), lambda: published_prefill(shape))
+        if self.published and kind in published and shape["tokens"] <= 131072:
+            both = self.measure(("infllm_v2", *place), lambda: published_prefill(self.published, shape))
             if both is not None:
                 found["infllm_v2"] = {"select.forward": both[0], "attend.forward": both[1],
                                       "attention.forward": sum(both)}[kind]

@@ -9,12 +9,13 @@
 #
 #   attention   one layer: prompts of 8K to 128K, all kinds of input, one token of many sequences
 #   model       the 8B shape with generated weights: reading 128K, writing behind 32K and 128K
-#   long        one layer at 512K and 1M, and the 8B shape behind a million tokens
+#   long        one layer at 512K and 1M, beside cuDNN's dense attention, which takes 25 s for both
+#   million     the 8B shape behind a million tokens
 set -euo pipefail
 [[ $# -ge 2 ]] || { sed -n 's/^# tools/usage: tools/p' "$0" >&2; exit 1; }
 build=$1 results=$2
 shift 2
-parts=${*:-attention model long}
+parts=${*:-attention model long million}
 cd "$(dirname "$0")/.."
 ours=$results.part  # stays behind, with what was measured, when the peers do not come to an end
 text=$(mktemp)
@@ -57,5 +58,7 @@ fi
 if [[ " $parts " == *" long "* ]]; then
   attention --tokens 524288,1048576 --input correlated-0.8 --dense-limit 0
   with_peers
+fi
+if [[ " $parts " == *" million "* ]]; then
   model -p 0 -n 64 -d 1000000 --attention sparse --no-steps
 fi
