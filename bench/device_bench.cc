@@ -5,11 +5,13 @@
 //
 //   device_bench --tokens 8192,32768,131072 --input correlated-0.8 --output h200.jsonl
 //   device_bench --mode decode --tokens 131072 --batch 1,16,64
+//   device_bench --mode backward --tokens 32768,131072
 //   device_bench --tokens 32768 --input trace --trace-model models/needle-32k --trace-text book.txt
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -222,6 +224,88 @@ Status run_prefill(Bench& b, std::int64_t tokens) {
       {.name = "attention.forward", .timing = sparse, .operations = work.sparse(), .dense = dense});
 }
 
+// Gradients, with the selection that the forward pass made: by themselves, and the whole op with
+// them.
+Status run_backward(Bench& b, std::int64_t tokens) {
+  b.tokens = tokens;
+  Layer layer = INFLLM_TRY(
+      Layer::create(b.backend, b.shape, b.config, b.backend.kernels->activation, tokens, 1));
+  const double correlation = INFLLM_TRY(correlation_of(b, layer));
+  const Buffer q = INFLLM_TRY(many_queries(b.backend, b.shape, correlation, tokens, 3));
+  const Buffer grad_o = INFLLM_TRY(many_queries(b.backend, b.shape, 0, tokens, 9));
+  const Buffer o = INFLLM_TRY(allocate(b.backend, q.bytes()));
+  const Buffer grad_q = INFLLM_TRY(allocate(b.backend, q.bytes()));
+  const auto group = static_cast<std::size_t>(b.shape.heads_q / b.shape.heads_kv);
+  const Buffer grad_k = INFLLM_TRY(allocate(b.backend, q.bytes() / group));
+  const Buffer grad_v = INFLLM_TRY(allocate(b.backend, q.bytes() / group));
+  const Buffer lse = INFLLM_TRY(
+      allocate(b.backend, static_cast<std::size_t>(tokens * b.shape.heads_q) * sizeof(float)));
+  const Batch batch = INFLLM_TRY(layer.step(tokens, tokens, true));
+  Chooser chooser = INFLLM_TRY(Chooser::create(b.backend, b.shape, b.config, layer.pages(), batch));
+  AttendBackwardParams params{.forward = {.pages = layer.pages(),
+                                          .batch = batch,
+                                          .heads_q = b.shape.heads_q,
+                                          .scale = scale_of(b.shape),
+                                          .q = q.data(),
+                                          .o = o.data(),
+                                          .lse = lse.data()},
+                              .grad_o = grad_o.data(),
+                              .grad_q = grad_q.data(),
+                              .grad_k = grad_k.data(),
+                              .grad_v = grad_v.data()};
+  AttentionWork work;
+  work.add(b.shape, b.config, 0, tokens);
+  const int repetitions = tokens > 200'000 ? 1 : b.options.repetitions;
+  Scratch scratch;
+  std::size_t needed = 0;
+  // The gradients alone, then all steps.
+  const auto time_both = [&](bool sparse) -> Result<std::array<Timing, 2>> {
+    params.forward.selection = sparse ? chooser.selection() : nullptr;
+    params.forward.columns = sparse ? chooser.columns() : 0;
+    needed = attend_backward_workspace_bytes(b.backend, params);
+    const std::span<std::byte> workspace = INFLLM_TRY(scratch.get(
+        b.backend, std::max(needed, attend_workspace_bytes(b.backend, params.forward))));
+    const auto forward = [&]() -> Status {
+      if (sparse) {
+        INFLLM_TRY(compress(b.backend, {.pages = layer.pages(), .batch = batch}));
+        INFLLM_TRY(chooser.run(b.backend, q.data()));
+      }
+      return attend(b.backend, params.forward, workspace);
+    };
+    INFLLM_TRY(forward());
+    const Timing back = INFLLM_TRY(time_steps(
+        b.backend, repetitions, [&] { return attend_backward(b.backend, params, workspace); }));
+    const Timing whole = INFLLM_TRY(time_steps(b.backend, repetitions, [&]() -> Status {
+      INFLLM_TRY(forward());
+      return attend_backward(b.backend, params, workspace);
+    }));
+    return std::array{back, whole};
+  };
+  const auto note = [&] {
+    return fmt::format("workspace {:.0f} MB", static_cast<double>(needed) / 1e6);
+  };
+  std::array<Timing, 2> dense;
+  if (tokens <= b.options.dense_limit) {
+    dense = INFLLM_TRY(time_both(false));
+    INFLLM_TRY(report(b, {.name = "dense.backward",
+                          .timing = dense[0],
+                          .operations = 2.5 * work.dense,
+                          .note = note()}));
+    INFLLM_TRY(report(
+        b, {.name = "dense.forward_backward", .timing = dense[1], .operations = 3.5 * work.dense}));
+  }
+  const std::array<Timing, 2> sparse = INFLLM_TRY(time_both(true));
+  INFLLM_TRY(report(b, {.name = "attend.backward",
+                        .timing = sparse[0],
+                        .operations = 2.5 * work.attend,
+                        .dense = dense[0],
+                        .note = note()}));
+  return report(b, {.name = "attention.forward_backward",
+                    .timing = sparse[1],
+                    .operations = work.select + 3.5 * work.attend,
+                    .dense = dense[1]});
+}
+
 // One token of each of `batch` sequences: chooses and attends, or attends to everything. As many
 // layers in turn as keep a layer's cache out of the device's own caches until its next turn.
 Status run_decode(Bench& b, std::int64_t tokens, std::int32_t batch) {
@@ -291,6 +375,10 @@ Status run(const Options& options) {
       INFLLM_TRY(run_prefill(b, tokens));
       continue;
     }
+    if (options.mode == "backward") {
+      INFLLM_TRY(run_backward(b, tokens));
+      continue;
+    }
     for (const std::int32_t batch : options.batch) INFLLM_TRY(run_decode(b, tokens, batch));
   }
   return {};
@@ -304,7 +392,7 @@ int main(int argc, char** argv) {
   CLI::App app("Attention of one layer on a device");
   app.add_option("--device", o.device, "cuda, cuda:1, cuda:0:sm80, ...");
   app.add_option("--shape", o.shape, "minicpm4-0.5b or minicpm4.1-8b");
-  app.add_option("--mode", o.mode)->check(CLI::IsMember({"prefill", "decode"}));
+  app.add_option("--mode", o.mode)->check(CLI::IsMember({"prefill", "decode", "backward"}));
   app.add_option("--input", o.input)
       ->check(
           CLI::IsMember({"random", "correlated-0.9", "correlated-0.8", "correlated-0.7", "trace"}));
