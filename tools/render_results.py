@@ -15,6 +15,7 @@ import sys
 
 import chart
 import results
+import training_tables
 
 BEGIN = "<!-- begin:numbers (tools/render_results.py writes what follows) -->"
 END = "<!-- end:numbers -->"
@@ -309,6 +310,7 @@ def rendered(root):
     files = {root / "docs" / name: svg for name, (_, svg) in charts(measurements).items()}
     files[root / "docs/performance.md"] = performance(measurements, evaluations)
     files[root / "README.md"] = replace_region(readme, readme_numbers(measurements, evaluations))
+    files.update(training_tables.rendered(root))
     return files
 
 

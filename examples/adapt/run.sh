@@ -56,6 +56,7 @@ for arm in dense sparse aligned; do
   gpu=$(( gpu + 1 ))
 done
 wait
+cat "$OUT"/*/run.jsonl >> "$OUT/results.jsonl"
 cat "$OUT"/*.eval.log | grep -v '^$'
 python3 "$HERE/plot.py" --out "$OUT/loss.svg" "$OUT"/{short,dense,sparse,aligned}/log.jsonl
 python3 "$HERE/plot.py" --field answer_loss --out "$OUT/answers.svg" "$OUT"/{short,dense,sparse,aligned}/log.jsonl

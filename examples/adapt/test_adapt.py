@@ -14,6 +14,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
 pytest.importorskip("safetensors")
+pytest.importorskip("infllm")
 sys.path.insert(0, str(HERE))
 
 import documents  # noqa: E402
@@ -152,7 +153,7 @@ def test_engine_loads_the_checkpoint(root):
     if not binary or not (root / "sparse/model").exists():
         pytest.skip("INFLLM_BINARY names no program")
     answer = subprocess.run(
-        [binary, "run", str(root / "sparse/model"), "--prompt", "The", "--max-tokens", "4"],
+        [binary, "run", str(root / "sparse/model"), "The database", "-n", "4"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr

@@ -15,6 +15,7 @@ goes on from OUT/state.pt. OUT/log.jsonl has the losses, OUT/model the checkpoin
 """
 
 import argparse
+import datetime
 import json
 import os
 import pathlib
@@ -224,6 +225,14 @@ def main():
         checkpoint.save_state(
             state_file, net, optimizers.parts, step=step + 1, tokens=tokens_seen, seconds=seconds
         )
+        record = {
+            "name": "adapt.run", "model": settings.name, "phase": args.phase, "arm": args.arm,
+            "seed": args.seed, "steps": step + 1, "tokens": tokens_seen,
+            "seconds": round(seconds, 1), "processes": world,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "date": datetime.date.today().isoformat(),
+        }  # fmt: skip
+        (args.out / "run.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
         print(f"\n{args.phase} {args.arm}: {step + 1} steps, {tokens_seen / 1e6:.1f} M tokens, "
               f"{seconds:.0f} s, {world} processes", file=sys.stderr, flush=True)  # fmt: skip
     if world > 1:

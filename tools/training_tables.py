@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of bench/results/training/*.jsonl for docs/training.md; render_results.py calls it.
+
+Records: adapt.task, adapt.perplexity, adapt.step and adapt.run of examples/adapt, and scale.* of
+python/tests/scale.py. The paper's numbers (arXiv 2509.24663, tables 1 and 4) stand beside them.
+"""
+
+import json
+
+BEGIN = "<!-- begin:training (tools/training_tables.py writes what follows) -->"
+END = "<!-- end:training -->"
+TASKS = {
+    "single_1": "S1", "single_2": "S2", "single_3": "S3", "multi_key_1": "MK1",
+    "multi_key_2": "MK2", "multi_key_3": "MK3", "multi_value": "MV", "multi_query": "MQ",
+    "variables": "VT", "common": "CWE", "frequent": "FWE",
+}
+# The paper's table 1 (RULER at 32K, 8B), without its two question-answering columns.
+PAPER = {
+    "paper: short, YaRN": (98, 68, 50, 46, 6, 0, 32, 31.5, 36, 21.4, 87.33),
+    "paper: dense continued": (100, 100, 100, 96, 94, 92, 82, 98.5, 93.2, 44.4, 91.33),
+    "paper: InfLLM-V2, read sparse": (100, 100, 100, 94, 82, 62, 98.5, 94.5, 98, 50.4, 82.67),
+    "paper: InfLLM-V2, read dense": (100, 100, 100, 94, 98, 98, 99, 98, 98.4, 52.8, 90),
+}
+ARMS = {
+    "short": "not continued", "dense": "(a) dense", "sparse": "(b) sparse",
+    "aligned": "(d) sparse, selection taught",
+}
+LONG = 32768
+
+
+def load(folder):
+    """All records; of several with one key the last."""
+    latest = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            changing = ("date", "correct", "total", "nll", "texts", "ms", "ms_low", "ms_high",
+                        "ms_one", "tokens_per_second", "mfu", "memory_gb", "error", "bound",
+                        "steps", "seconds", "commit")
+            if record["name"] == "adapt.run":
+                changing += ("tokens",)
+            latest[tuple(sorted((k, str(v)) for k, v in record.items() if k not in changing))] = record
+    return list(latest.values())
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+
+
+def kilo(tokens):
+    return f"{tokens // 1024}K"
+
+
+class Scores:
+    """Shares of right items, seeds together: score(arm, attention, length[, task])."""
+
+    def __init__(self, records):
+        self.cells = {}
+        for r in records:
+            if r["name"] == "adapt.task":
+                cell = self.cells.setdefault((r["arm"], r["attention"], r["length"], r["task"]), [0, 0])
+                cell[0] += r["correct"]
+                cell[1] += r["total"]
+
+    def __call__(self, arm, attention, length, task=None):
+        if task:
+            right, total = self.cells.get((arm, attention, length, task), (0, 0))
+            return 100 * right / total if total else None
+        each = [self(arm, attention, length, t) for t in TASKS]
+        return None if None in each else sum(each) / len(each)
+
+    def lengths(self):
+        return sorted({length for _, _, length, _ in self.cells})
+
+
+def one(value, digits=1):
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def task_table(score):
+    rows = []
+    for arm, label in ARMS.items():
+        for attention in ("dense", "sparse"):
+            if score(arm, attention, LONG) is not None:
+                cells = [one(score(arm, attention, LONG, t)) for t in TASKS]
+                rows.append([label, attention, *cells, one(score(arm, attention, LONG))])
+    for label, cells in PAPER.items():
+        read = "sparse" if "sparse" in label else "dense"
+        rows.append([label, read, *map(one, cells), one(sum(cells) / len(cells))])
+    return table(["continued", "read", *TASKS.values(), "mean"], rows)
+
+
+def retention_table(score):
+    """Sparse reading of (b) and (d) against dense reading of (a), the yardstick."""
+    rows = []
+    for length in score.lengths():
+        base = score("dense", "dense", length)
+        if not base:
+            continue
+        row = [kilo(length), one(base)]
+        for arm in ("dense", "sparse", "aligned"):
+            value = score(arm, "sparse", length)
+            row += [one(value), "" if value is None else f"{100 * value / base:.1f} %"]
+        rows.append(row)
+    paper = [sum(PAPER[f"paper: {x}"]) for x in ("dense continued", "InfLLM-V2, read sparse")]
+    rows.append(["paper, 32K", one(paper[0] / 11), "", "", one(paper[1] / 11),
+                 f"{100 * paper[1] / paper[0]:.1f} %", "", ""])
+    return table(["tokens", "(a) read dense", "(a) read sparse", "of it", "(b) read sparse", "of it",
+                  "(d) read sparse", "of it"], rows)
+
+
+def perplexity_table(records):
+    cells = {(r["arm"], r["attention"], r["length"]): r["nll"]
+             for r in records if r["name"] == "adapt.perplexity"}
+    lengths = sorted({length for _, _, length in cells})
+    rows = []
+    for arm, label in ARMS.items():
+        for attention in ("dense", "sparse"):
+            if any((arm, attention, n) in cells for n in lengths):
+                values = [cells.get((arm, attention, n)) for n in lengths]
+                rows.append([label, attention,
+                             *(one(None if x is None else 2.718281828459045 ** x, 3) for x in values)])
+    return table(["continued", "read", *map(kilo, lengths)], rows)
+
+
+def cost_table(records):
+    rows = [[ARMS.get(r["arm"], r["arm"]) if r["phase"] == "adapt" else "short, dense", r["steps"],
+             f'{r["tokens"] / 1e6:.1f} M', r["processes"], f'{r["seconds"]:.0f} s',
+             f'{r["seconds"] * r["processes"] / 60:.1f}']
+            for r in records if r["name"] == "adapt.run"]
+    return table(["run", "steps", "tokens", "GPUs", "time", "GPU minutes"], rows)
+
+
+def step_table(records):
+    steps = [r for r in records if r["name"] == "adapt.step"]
+    dense = {r["length"]: r["ms"] for r in steps if r["arm"] == "dense"}
+    label = {"dense": "dense, cuDNN", "sparse": "sparse", "aligned": "sparse, selection taught"}
+    rows = [[kilo(r["length"]), r["sequences"], label[r["arm"]],
+             f'{r["ms"]:.1f} ({r["ms_low"]:.1f}-{r["ms_high"]:.1f})',
+             f'{r["tokens_per_second"]:,}', f'{100 * r["mfu"]:.1f} %',
+             f'{dense[r["length"]] / r["ms"]:.2f}x' if r["length"] in dense else "",
+             r["memory_gb"]]
+            for r in sorted(steps, key=lambda r: (r["length"], list(label).index(r["arm"])))]
+    return table(["tokens", "sequences", "attention", "ms", "tokens/s", "MFU", "beside dense", "GB"], rows)
+
+
+def scale_table(records):
+    rows = []
+    for r in sorted((r for r in records if r["name"].startswith("scale.")),
+                    key=lambda r: (r["processes"], r["name"], r.get("tokens", 0), r.get("attention", ""))):
+        shape = (f'{r["tokens"]} tokens, {r["heads_q"]}/{r["heads_kv"]} heads of {r["head_dim"]}, '
+                 f'{r["attention"]}' if "tokens" in r else f'{r["parameters"]:,} parameters')
+        rows.append([r["name"].removeprefix("scale."), f'{r["processes"]} x {r["device"]}', shape,
+                     f'{r["error"]:.2g}', f'{r["bound"]:.2g}', one(r.get("ms")), one(r.get("ms_one"))])
+    return table(["what", "on", "shape", "error", "bound", "ms", "ms, one GPU"], rows)
+
+
+def region(records):
+    names = {r["name"] for r in records}
+    score, out = Scores(records), []
+    if score.lengths():
+        out += ["### Tasks at 32K, % of the answers' items\n", task_table(score),
+                "### Sparse reading against dense long training, mean of the tasks\n",
+                retention_table(score)]
+    if "adapt.perplexity" in names:
+        out += ["### Held-out perplexity of the same tokens after more and more text\n",
+                perplexity_table(records)]
+    if "adapt.run" in names:
+        out += ["### Cost\n", cost_table(records)]
+    if "adapt.step" in names:
+        out += ["### A training step\n", step_table(records)]
+    if any(name.startswith("scale.") for name in names):
+        out += ["### Several GPUs against one\n", scale_table(records)]
+    return "\n".join(out) or "No results yet.\n"
+
+
+def rendered(root):
+    """{docs/training.md: its text with the tables}, or nothing where there is no such page."""
+    page = root / "docs/training.md"
+    if not page.is_file():
+        return {}
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"docs/training.md: expected one line {BEGIN} and one line {END}")
+    before, rest = text.split(BEGIN)
+    tables = region(load(root / "bench/results/training"))
+    return {page: f"{before}{BEGIN}\n{tables}{END}{rest.split(END)[1]}"}
