@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import alignment
 import infllm
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,11 @@ class Attend:
         self.plan = None
         if self.sparse is not None and not self.sparse.is_sparse_at(self.length):
             self.sparse = None
-        if self.sparse is not None or self.taught:
+        self.rows = None if self.rows is None else self.rows.to(self.device)
+        if self.sparse is not None:
             cu = torch.arange(
                 0, self.total + 1, self.length, dtype=torch.int32, device=self.device
             )
-            self.rows = None if self.rows is None else self.rows.to(self.device)
             self.plan = infllm.make_plan(
                 cu, None, self.length, self.length, sparse_config=self.sparse
             )
@@ -55,9 +56,7 @@ class Attend:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self.taught:
             self.losses.append(
-                infllm.selection_alignment_loss(
-                    q, k, plan=self.plan, rows=self.rows, sparse_config=self.config
-                ).mean()
+                alignment.selection_alignment_loss(q, k, self.rows, self.length, self.config)
             )
         if self.sparse is None:
             return dense(q, k, v, self.length)

@@ -24,7 +24,7 @@ if [ ! -e .train/adapt/data/words.txt ]; then
 fi
 say "pretraining on $GPUS GPUs"
 torchrun --nproc-per-node "$GPUS" "$HERE/train.py" --config "$CONFIG" --phase pretrain --out "$OUT/short" \
-  --workers $WORKERS --deadline "$(at 430)" > "$OUT/short.log" 2>&1
+  --workers $WORKERS --deadline "$(at 390)" > "$OUT/short.log" 2>&1
 tail -n 2 "$OUT/short.log"
 
 evaluate() {  # GPU, checkpoint, name of the arm, thousandths

@@ -60,12 +60,14 @@ class Batches(torch.utils.data.IterableDataset):
 
 
 def taught_rows(length: int, total: int, rows: int, generator) -> torch.Tensor:
-    """int32: about `rows` of `total` rows, half at the sequences' ends, half anywhere."""
-    count = total // length
-    last = min(length, max(1, rows // (2 * count)))
-    ends = torch.arange(length - last, length)[None] + length * torch.arange(count)[:, None]
-    others = torch.randint(total, (rows // 2,), generator=generator)
-    return torch.cat([ends.flatten(), others]).unique().to(torch.int32)
+    """int32, ascending: as many rows of each sequence, half of them its last, half anywhere."""
+    each = min(length, max(2, rows * length // total))
+    last = length - each // 2
+    parts = []
+    for begin in range(0, total, length):
+        others = torch.randperm(last, generator=generator)[: each - each // 2].sort().values
+        parts += [begin + others, torch.arange(begin + last, begin + length)]
+    return torch.cat(parts).to(torch.int32)
 
 
 def draw_lesson(align: dict, config, length: int, total: int, generator) -> dict:
