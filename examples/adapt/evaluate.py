@@ -11,6 +11,7 @@ as RULER counts. Perplexity is that of the same held-out tokens with more and mo
 import argparse
 import collections
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
@@ -80,7 +81,7 @@ class Scorer:
 def held_out_texts(filler, lengths, count, bos):
     """(length, tokens [1, length + 1]): texts that end at the same `count` places."""
     tokens = filler.hay.tokens
-    longest = max(lengths)
+    longest = max(lengths, default=0)
     ends = np.linspace(longest + 1, len(tokens) - 1, count).astype(int)
     for end in ends:
         for length in lengths:
@@ -105,9 +106,7 @@ def main():
     settings = settings_lib.load(args.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = checkpoint.load(args.model, device)
-    if args.topk:
-        import dataclasses
-
+    if args.topk is not None:
         sparse = dataclasses.replace(net.config.sparse, topk=args.topk)
         net.config = dataclasses.replace(net.config, sparse=sparse)
     score = Scorer(net, device)
@@ -129,9 +128,8 @@ def main():
                 cell[1] += 1
     losses = collections.defaultdict(list)
     filler = documents.Filler(args.data, "heldout")
-    texts = held_out_texts(
-        filler, settings.evaluate["perplexity"], settings.evaluate["documents"], 1
-    )
+    contexts = [] if args.topk is not None else settings.evaluate["perplexity"]
+    texts = held_out_texts(filler, contexts, settings.evaluate["documents"], 1)
     for length, tokens in texts:
         if time.time() > args.deadline + 15:
             break

@@ -27,10 +27,10 @@ torchrun --nproc-per-node "$GPUS" "$HERE/train.py" --config "$CONFIG" --phase pr
   --workers $WORKERS --deadline "$(at 390)" > "$OUT/short.log" 2>&1
 tail -n 2 "$OUT/short.log"
 
-evaluate() {  # GPU, checkpoint, name of the arm, thousandths
+evaluate() {  # GPU, checkpoint, name of the arm, thousandths, name of the log, more options
   CUDA_VISIBLE_DEVICES=$1 timeout -k 5 $(( $(at 985) - $(date +%s) )) python3 "$HERE/evaluate.py" \
     --config "$CONFIG" --model "$2/model" --arm "$3" --workers $WORKERS --deadline "$(at "$4")" \
-    --out "$OUT/results.jsonl" > "$OUT/$3.eval.log" 2>&1
+    --out "$OUT/results.jsonl" "${@:6}" > "$OUT/$5.eval.log" 2>&1
 }
 
 say arms
@@ -42,7 +42,7 @@ for arm in dense sparse aligned; do
 done
 # Meanwhile on the last GPU: the model that is not continued, and a training step's time.
 (
-  evaluate $(( GPUS - 1 )) "$OUT/short" short 620
+  evaluate $(( GPUS - 1 )) "$OUT/short" short 620 short
   CUDA_VISIBLE_DEVICES=$(( GPUS - 1 )) timeout -k 5 $(( $(at 770) - $(date +%s) )) python3 "$HERE/bench_step.py" \
     --config "$CONFIG" --lengths 4096 32768 --out "$OUT/results.jsonl" > "$OUT/step.log" 2>&1
 ) &
@@ -52,9 +52,12 @@ tail -qn 1 "$OUT"/{dense,sparse,aligned}.log "$OUT/short.eval.log"
 say evaluation
 gpu=0
 for arm in dense sparse aligned; do
-  evaluate $(( gpu % GPUS )) "$OUT/$arm" $arm 940 &
+  evaluate $(( gpu % GPUS )) "$OUT/$arm" $arm 940 $arm &
   gpu=$(( gpu + 1 ))
 done
+if (( GPUS > 3 )); then  # 64 and 40 of the 96 blocks that it was continued with
+  for topk in 32 8; do evaluate 3 "$OUT/aligned" aligned 940 "few-$topk" --lengths 32768 --topk $topk; done &
+fi
 wait
 cat "$OUT"/*/run.jsonl >> "$OUT/results.jsonl"
 cat "$OUT"/*.eval.log | grep -v '^$'
