@@ -11,8 +11,25 @@ q is [tokens, heads, head_dim], k and v are [tokens, kv_heads, head_dim]; see ``
 """
 
 from infllm.attention import attention, choose
+from infllm.cache import KVCache, attend_with_kvcache
+from infllm.checkpoint import save_selections
 from infllm.columns import available
 from infllm.config import SparseConfig
 from infllm.plan import Plan, make_plan
+from infllm.steps import attend, compress, score, select
 
-__all__ = ["Plan", "SparseConfig", "attention", "available", "choose", "make_plan"]
+__all__ = [
+    "KVCache",
+    "Plan",
+    "SparseConfig",
+    "attend",
+    "attend_with_kvcache",
+    "attention",
+    "available",
+    "choose",
+    "compress",
+    "make_plan",
+    "save_selections",
+    "score",
+    "select",
+]

@@ -68,13 +68,13 @@ def attention(
     q, k, v, q_score, k_score = _cast(q, k, v, q_score, k_score)
     shape = q.shape
     if plan is None:
-        plan = _plan(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
+        plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
                      sparse)
     elif any(x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                      sparse)):
         raise ValueError("plan: given with cu_seqlens, max_seqlen or sparse, expected it alone")
-    q, k, v, q_score, k_score = (_pack(x) for x in (q, k, v, q_score, k_score))
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, v, q_score, k_score = (pack(x) for x in (q, k, v, q_score, k_score))
+    scale = scale_of(q, softmax_scale)
     out, lse, chosen = torch.ops.infllm.attention(
         q, k, v, q_score, k_score, selection, *_batch(plan), scale,
         sparse_config.numbers() if sparse_config is not None else [], backend or "")
@@ -115,13 +115,17 @@ def choose(
     """
     q, k, _, q_score, k_score = _cast(q, k, k, q_score, k_score)
     if plan is None:
-        plan = _plan(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
+        plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
                      sparse)
-    q, k, q_score, k_score = (_pack(x) for x in (q, k, q_score, k_score))
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, q_score, k_score = (pack(x) for x in (q, k, q_score, k_score))
+    scale = scale_of(q, softmax_scale)
     with torch.no_grad():
         return torch.ops.infllm.choose(q, k, q_score, k_score, *_batch(plan), scale,
                                        sparse_config.numbers(), backend or "")
+
+
+def scale_of(q: Tensor, softmax_scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
 
 
 def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -133,7 +137,7 @@ def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _pack(x: Tensor | None) -> Tensor | None:
+def pack(x: Tensor | None) -> Tensor | None:
     """[B, S, H, D] as [B S, H, D]; others as they are."""
     return x.flatten(0, 1) if x is not None and x.dim() == 4 else x
 
@@ -143,7 +147,7 @@ def _batch(plan: Plan) -> tuple[Any, ...]:
             plan.max_seqlen_q, plan.max_seqlen_k)
 
 
-def _plan(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+def plan_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
           max_seqlen_q: int | None, max_seqlen_k: int | None, config: SparseConfig | None,
           sparse: bool | Tensor | None) -> Plan:
     if q.dim() not in (3, 4) or k.dim() != q.dim():

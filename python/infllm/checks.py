@@ -64,6 +64,9 @@ def check_batch(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_length
     if max_seqlen_q < 0 or max_seqlen_k < 0 or max_seqlen_k > _MOST:
         raise ValueError(f"max_seqlen_q, max_seqlen_k: {max_seqlen_q}, {max_seqlen_k}, expected "
                          "0 to 2 ** 31 - 1")
+    if max_seqlen_q > max_seqlen_k:
+        raise ValueError(f"max_seqlen_q: {max_seqlen_q}, expected at most max_seqlen_k = "
+                         f"{max_seqlen_k}: queries are the last of the keys' tokens")
     blocks = config.blocks_in(max_seqlen_k)
     if (page_table.dtype != torch.int32 or page_table.dim() != 2
             or page_table.shape[0] != sequences or page_table.shape[1] < blocks

@@ -23,24 +23,24 @@ from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
 from infllm.plan import page_count
 
-_BATCH = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
+BATCH = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
           "Tensor? sparse, int max_seqlen_q, int max_seqlen_k")
-_OPTIONS = "float scale, int[] config, str backend"
+OPTIONS = "float scale, int[] config, str backend"
 
-_library = torch.library.Library("infllm", "DEF")
-_library.define(f"attention(Tensor q, Tensor k, Tensor v, Tensor? q_score, Tensor? k_score, "
-                f"Tensor? selection, {_BATCH}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
-_library.define(f"attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
-                f"Tensor v, Tensor out, Tensor lse, Tensor? selection, {_BATCH}, {_OPTIONS}) "
+library = torch.library.Library("infllm", "DEF")
+library.define(f"attention(Tensor q, Tensor k, Tensor v, Tensor? q_score, Tensor? k_score, "
+                f"Tensor? selection, {BATCH}, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
+library.define(f"attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
+                f"Tensor v, Tensor out, Tensor lse, Tensor? selection, {BATCH}, {OPTIONS}) "
                 "-> (Tensor, Tensor, Tensor)")
-_library.define(f"choose(Tensor q, Tensor k, Tensor? q_score, Tensor? k_score, {_BATCH}, "
-                f"{_OPTIONS}) -> Tensor")
+library.define(f"choose(Tensor q, Tensor k, Tensor? q_score, Tensor? k_score, {BATCH}, "
+                f"{OPTIONS}) -> Tensor")
 
 
-def _implement(name: str, kernel: Any, fake: Any) -> None:
+def implement(name: str, kernel: Any, fake: Any) -> None:
     for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)
-    torch.library.register_fake(f"infllm::{name}", fake, lib=_library)
+        library.impl(name, kernel, device)
+    torch.library.register_fake(f"infllm::{name}", fake, lib=library)
 
 
 def address(x: Tensor | None) -> int:
@@ -205,7 +205,7 @@ class _Forward:
             columns=columns)
 
 
-_implement("attention", _attention, _attention_shapes)
+implement("attention", _attention, _attention_shapes)
 
 
 def _backward_shapes(
@@ -249,7 +249,7 @@ def _sums(column: Column, x: Tensor) -> Tensor:
     return x.to(device=column.device, dtype=column.accumulate).contiguous()
 
 
-_implement("attention_backward", _attention_backward, _backward_shapes)
+implement("attention_backward", _attention_backward, _backward_shapes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -273,7 +273,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: No
 
 
 torch.library.register_autograd("infllm::attention", _gradients, setup_context=_save,
-                                lib=_library)
+                                lib=library)
 
 # ---- the choice alone -----------------------------------------------------------------------------
 
@@ -306,4 +306,4 @@ def _choose(
     return work.selection.to(q.device)
 
 
-_implement("choose", _choose, _choose_shapes)
+implement("choose", _choose, _choose_shapes)

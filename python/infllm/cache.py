@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged cache of one layer, for chunked prefill and decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infllm import _native
+from infllm.attention import scale_of
+from infllm.checks import check_batch, check_like, check_qkv, check_scores
+from infllm.columns import Column, column_of
+from infllm.config import SparseConfig
+from infllm.ops import (OPTIONS, Arrays, address, columns_of, config_of, implement, layout_of,
+                        library, lse_type, run)
+
+_PLACES = ("Tensor cu_seqlens_q, Tensor kv_length, Tensor page_table, int max_seqlen_q, "
+           "int max_seqlen_k")
+
+library.define(f"cache_append_(Tensor(a!) pages, Tensor k, Tensor v, Tensor? k_score, {_PLACES}, "
+               "int[] config, str backend) -> ()")
+library.define(f"cache_attention(Tensor q, Tensor? q_score, Tensor pages, Tensor? sparse, "
+               f"{_PLACES}, int heads_kv, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
+
+
+class KVCache:
+    """Pages of keys, values and pooled keys of one layer.
+
+    A page holds ``sparse_config.block_size`` tokens of one sequence. Which page holds which block
+    of which sequence is the caller's: a page table int32 [B, pages], as every serving engine has.
+
+        cache = infllm.KVCache(num_pages=128, heads_kv=2, head_dim=128, dtype=torch.bfloat16,
+                               device="cuda", sparse_config=config)
+        out = infllm.attend_with_kvcache(q, cache, k, v, cache_seqlens=lengths, page_table=table,
+                                         max_seqlen_k=limit)
+    """
+
+    def __init__(self, num_pages: int, heads_kv: int, head_dim: int, *, dtype: torch.dtype,
+                 device: torch.device | str = "cpu", sparse_config: SparseConfig | None = None,
+                 backend: str | None = None) -> None:
+        if num_pages < 1:
+            raise ValueError(f"num_pages: {num_pages}, expected at least 1")
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.heads_kv = heads_kv
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.device = device
+        self.sparse_config = sparse_config
+        self.backend = backend or ""
+        self.numbers = sparse_config.numbers() if sparse_config is not None else []
+        column = column_of(torch.empty(0, dtype=dtype, device=device), self.backend)
+        _, self.page_bytes = layout_of(column, heads_kv, head_dim, sparse_config is not None,
+                                       tuple(self.numbers))
+        # The pages' contents belong to the device; append() and attend_with_kvcache() know them.
+        self.pages = torch.zeros((num_pages, self.page_bytes), dtype=torch.uint8,
+                                 device=column.device)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a page."""
+        return (self.sparse_config or SparseConfig()).block_size
+
+    def append(self, k: Tensor, v: Tensor, cache_seqlens: Tensor, page_table: Tensor, *,
+               cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+               max_seqlen_k: int | None = None, k_score: Tensor | None = None) -> None:
+        """Writes new tokens behind what the sequences hold, and pools the keys they complete.
+
+        Args:
+            k, v: [B, Sq, Hkv, D], Sq new tokens each; or packed [T, Hkv, D] with cu_seqlens.
+            cache_seqlens: int32 [B], keys that each sequence holds already.
+            page_table: int32 [B, pages], the page of each block.
+            cu_seqlens, max_seqlen: of packed k and v.
+            max_seqlen_k: a bound on the lengths afterwards; None: what page_table has room for.
+            k_score: keys before RoPE, under use_nope.
+        """
+        _append(self, k, v, k_score, *_places(self, k, cache_seqlens, page_table, cu_seqlens,
+                                              max_seqlen, max_seqlen_k))
+
+
+def attend_with_kvcache(
+    q: Tensor,
+    cache: KVCache,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    sparse: bool | Tensor | None = None,
+    q_score: Tensor | None = None,
+    k_score: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    return_selection: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Causal attention of new tokens over a paged cache, dense or over the blocks that matter.
+
+    Shapes and switches are those of ``infllm.attention``; nothing waits for the device, so a
+    decode step can be captured in a CUDA graph and replayed while the lengths grow.
+
+    Args:
+        q: [B, Sq, Hq, D], Sq new tokens each (1 while decoding); or packed [T, Hq, D] with
+            cu_seqlens_q.
+        k, v: [B, Sq, Hkv, D], the new tokens' keys and values, appended first. None: they are in
+            the cache already.
+        cache_seqlens: int32 [B], keys in the cache before k; with k None, all keys, q's included.
+        page_table: int32 [B, pages].
+        max_seqlen_k: a bound on the lengths, k included; None: what page_table has room for.
+        sparse: None switches each sequence by dense_len on its length; or bool, or bool [B].
+
+    Returns:
+        out like q, or a tuple (out, lse [Hq, T], selection [Hkv, T, K]) of what was asked for.
+    """
+    if (k is None) != (v is None):
+        raise ValueError("k and v: one of them is missing, expected both or none")
+    held = cache_seqlens if k is not None else cache_seqlens - _new_tokens(q, cu_seqlens_q)
+    places = _places(cache, q, held, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    if k is not None and v is not None:
+        _append(cache, k, v, k_score, *places)
+    config = cache.sparse_config
+    cu, kv_length, table, longest_q, longest_k = places
+    flags = _flags(config, sparse, kv_length, longest_k)
+    out, lse, chosen = torch.ops.infllm.cache_attention(
+        _packed(q), None if q_score is None else _packed(q_score), cache.pages, flags, cu,
+        kv_length, table, longest_q, longest_k, cache.heads_kv, scale_of(q, softmax_scale),
+        cache.numbers, cache.backend)
+    results = [out.view(q.shape)]
+    if return_softmax_lse:
+        results.append(lse)
+    if return_selection:
+        results.append(chosen)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x.detach().flatten(0, 1) if x.dim() == 4 else x.detach()
+
+
+def _new_tokens(q: Tensor, cu_seqlens: Tensor | None) -> Tensor | int:
+    return q.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+
+
+def _places(cache: KVCache, x: Tensor, held: Tensor, page_table: Tensor,
+            cu_seqlens: Tensor | None, max_seqlen: int | None, max_seqlen_k: int | None,
+            ) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Where the new tokens go: starts, lengths afterwards, pages, the longest of both."""
+    if held.dtype is not torch.int32 or held.dim() != 1:
+        raise ValueError(f"cache_seqlens: {held.dtype} {list(held.shape)}, expected int32 [B]")
+    if page_table.dim() != 2 or page_table.dtype is not torch.int32:
+        raise ValueError(f"page_table: {page_table.dtype} {list(page_table.shape)}, expected int32 "
+                         "[B, pages]")
+    if cu_seqlens is None:
+        if x.dim() != 4 or x.shape[0] != held.shape[0]:
+            raise ValueError(f"q, k and v: {list(x.shape)} without cu_seqlens_q, expected "
+                             f"[{held.shape[0]}, Sq, H, D]")
+        max_seqlen = x.shape[1]
+        cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * max_seqlen
+    elif max_seqlen is None:
+        raise ValueError("max_seqlen_q: missing, expected the longest of the new tokens")
+    room = page_table.shape[1] * cache.block_size
+    return (cu_seqlens, held + cu_seqlens.diff(), page_table, max_seqlen,
+            room if max_seqlen_k is None else max_seqlen_k)
+
+
+def _flags(config: SparseConfig | None, sparse: bool | Tensor | None, kv_length: Tensor,
+           max_seqlen_k: int) -> Tensor | None:
+    if isinstance(sparse, Tensor) or config is None:
+        if sparse is not None and sparse is not False and config is None:
+            raise ValueError("sparse: given, but the cache has no sparse_config")
+        return sparse if isinstance(sparse, Tensor) else None
+    if sparse is None:
+        return kv_length >= config.dense_len if config.is_sparse_at(max_seqlen_k) else None
+    return torch.ones_like(kv_length, dtype=torch.bool) if sparse else None
+
+
+def _append(cache: KVCache, k: Tensor, v: Tensor, k_score: Tensor | None, *places: Any) -> None:
+    torch.ops.infllm.cache_append_(
+        cache.pages, _packed(k), _packed(v), None if k_score is None else _packed(k_score),
+        *places, cache.numbers, cache.backend)
+
+
+def _native_pages(column: Column, pages: Tensor, heads_kv: int, head_dim: int,
+                  config: Sequence[int]) -> Any:
+    layout, page_bytes = layout_of(column, heads_kv, head_dim, len(config) > 0, tuple(config))
+    if (pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != page_bytes
+            or not pages.is_contiguous() or pages.device != column.device):
+        raise ValueError(f"pages: {pages.dtype} {list(pages.shape)} on {pages.device}, expected "
+                         f"uint8 [num_pages, {page_bytes}] on {column.device}")
+    return _native.KvPages(pages.data_ptr(), layout, page_bytes, pages.shape[0])
+
+
+def _check_places(x: Tensor, cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor,
+                  sparse: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+                  config: Sequence[int]) -> SparseConfig:
+    numbers, _ = config_of(tuple(config))
+    check_batch(x, cu_seqlens_q, cu_seqlens_q, kv_length, page_table, sparse, max_seqlen_q,
+                max_seqlen_k, numbers)
+    return numbers
+
+
+def _append_nothing(pages: Tensor, k: Tensor, v: Tensor, k_score: Tensor | None,
+                    cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor,
+                    max_seqlen_q: int, max_seqlen_k: int, config: Sequence[int],
+                    backend: str) -> None:
+    check_qkv(k, k, v)
+    check_like("k_score", k_score, k, "k")
+    _check_places(k, cu_seqlens_q, kv_length, page_table, None, max_seqlen_q, max_seqlen_k, config)
+
+
+def _cache_append(pages: Tensor, k: Tensor, v: Tensor, k_score: Tensor | None,
+                  cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor, max_seqlen_q: int,
+                  max_seqlen_k: int, config: Sequence[int], backend: str) -> None:
+    _append_nothing(pages, k, v, k_score, cu_seqlens_q, kv_length, page_table, max_seqlen_q,
+                    max_seqlen_k, config, backend)
+    column = column_of(k, backend)
+    arrays = Arrays(column, cu_seqlens_q, cu_seqlens_q, kv_length, page_table, None)
+    keys, values = column.numbers(k), column.numbers(v)
+    scores = None if k_score is None else column.numbers(k_score)
+    _native.append(column.native, column.stream(),
+                   _native_pages(column, pages, k.shape[1], k.shape[2], config),
+                   arrays.batch(k.shape[0], max_seqlen_q, max_seqlen_k), address(keys),
+                   address(values), address(scores))
+
+
+implement("cache_append_", _cache_append, _append_nothing)
+
+
+def _cache_shapes(q: Tensor, q_score: Tensor | None, pages: Tensor, sparse: Tensor | None,
+                  cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor, max_seqlen_q: int,
+                  max_seqlen_k: int, heads_kv: int, scale: float, config: Sequence[int],
+                  backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if q.dim() != 3:
+        raise ValueError(f"q: {list(q.shape)}, expected [T, Hq, D]")
+    numbers = _check_places(q, cu_seqlens_q, kv_length, page_table, sparse, max_seqlen_q,
+                            max_seqlen_k, config)
+    if sparse is not None:
+        check_scores(q_score, q_score, q, q, numbers)
+    columns = columns_of(numbers, sparse, max_seqlen_k)
+    return (torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            torch.empty((q.shape[1], q.shape[0]), dtype=lse_type(q), device=q.device),
+            torch.empty((heads_kv, q.shape[0], columns), dtype=torch.int32, device=q.device))
+
+
+def _cache_attention(q: Tensor, q_score: Tensor | None, pages: Tensor, sparse: Tensor | None,
+                     cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor,
+                     max_seqlen_q: int, max_seqlen_k: int, heads_kv: int, scale: float,
+                     config: Sequence[int], backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, chosen = _cache_shapes(q, q_score, pages, sparse, cu_seqlens_q, kv_length, page_table,
+                                 max_seqlen_q, max_seqlen_k, heads_kv, scale, config, backend)
+    column = column_of(q, backend)
+    _, native_config = config_of(tuple(config))
+    arrays = Arrays(column, cu_seqlens_q, cu_seqlens_q, kv_length, page_table, sparse)
+    queries = column.numbers(q)
+    scored = None if q_score is None else column.numbers(q_score)
+    out = column.empty(q.shape, column.activation)
+    lse = column.empty((q.shape[1], q.shape[0]), column.accumulate)
+    selection = torch.full(chosen.shape, -1, dtype=torch.int32, device=column.device)
+    batch = arrays.batch(q.shape[0], max_seqlen_q, max_seqlen_k)
+    run(column, _native.Forward(
+        _native_pages(column, pages, heads_kv, q.shape[2], config), batch, batch,
+        native_config if sparse is not None else None, q.shape[1], scale, q=address(queries),
+        q_score=address(scored), o=address(out), lse=address(lse),
+        selection=address(selection) if chosen.shape[2] else 0, columns=chosen.shape[2]))
+    return out.to(q.device, q.dtype), lse.to(q.device, lse_type(q)), selection.to(q.device)
+
+
+implement("cache_attention", _cache_attention, _cache_shapes)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged cache: chunks and single tokens against one pass over everything."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cases import SMALL, Case
+
+import infllm
+
+Place = tuple[str, torch.dtype]
+
+
+def shuffled_table(sequences: int, pages: int, device: str) -> torch.Tensor:
+    """Pages in an order of chance, entries behind the last block out of range."""
+    order = torch.randperm(sequences * pages, dtype=torch.int32).view(sequences, pages)
+    return torch.cat([order, torch.full((sequences, 1), 2**30, dtype=torch.int32)], 1).to(device)
+
+
+def close(mine: torch.Tensor, true: torch.Tensor) -> None:
+    """Bitwise on a CPU; a device decodes with other kernels, which round once elsewhere."""
+    if mine.is_cuda:
+        eps = torch.finfo(mine.dtype).eps
+        assert (mine - true).abs().max() <= 4 * eps * true.abs().max()
+    else:
+        assert torch.equal(mine, true)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_chunks_and_steps_are_one_pass(place: Place, sparse: bool) -> None:
+    device, dtype = place
+    config = dataclasses.replace(SMALL, dense_len=0) if sparse else None
+    total, sequences = 330, 2
+    q, k, v = (torch.randn(sequences, total, heads, 64).to(device, dtype) for heads in (4, 2, 2))
+    whole, lse, chosen = infllm.attention(q, k, v, sparse_config=config, return_lse=True,
+                                          return_selection=True)
+    cache = infllm.KVCache(14, 2, 64, dtype=dtype, device=device, sparse_config=config)
+    table = shuffled_table(sequences, 6, device)
+    lengths = torch.zeros(sequences, dtype=torch.int32, device=device)
+    start = 0
+    for chunk in (100, 1, 64, 150, *[1] * 15):
+        rows = slice(start, start + chunk)
+        out, part_lse, part = infllm.attend_with_kvcache(
+            q[:, rows], cache, k[:, rows], v[:, rows], cache_seqlens=lengths, page_table=table,
+            max_seqlen_k=total, return_softmax_lse=True, return_selection=True)
+        mine = chosen.unflatten(1, (sequences, total))[:, :, rows].flatten(1, 2)
+        if device == "cpu":
+            assert torch.equal(part, mine)
+        if device == "cpu" or torch.equal(part, mine):
+            close(out, whole[:, rows])
+            expected = lse.unflatten(1, (sequences, total))[:, :, rows].flatten(1, 2)
+            torch.testing.assert_close(part_lse, expected, rtol=1e-5, atol=1e-5)
+        start += chunk
+        lengths = lengths + chunk
+    assert start == total
+
+
+def test_append_alone_then_attend(place: Place) -> None:
+    device, dtype = place
+    case = Case("appended", (3, 1), (200, 70))
+    q, k, v = case.numbers(dtype, device)
+    cache = infllm.KVCache(10, 2, 64, dtype=dtype, device=device, sparse_config=SMALL)
+    table = shuffled_table(2, 5, device)
+    where = case.where(device)
+    none = torch.zeros(2, dtype=torch.int32, device=device)
+    cache.append(k, v, none, table, cu_seqlens=where["cu_seqlens_k"], max_seqlen=200,
+                 max_seqlen_k=200)
+    out = infllm.attend_with_kvcache(q, cache, cache_seqlens=where["cu_seqlens_k"].diff(),
+                                     page_table=table, cu_seqlens_q=where["cu_seqlens_q"],
+                                     max_seqlen_q=3, max_seqlen_k=200)
+    close(out, infllm.attention(q, k, v, **where, sparse_config=SMALL))
+
+
+def test_a_sequence_that_does_not_fit_is_refused() -> None:
+    cache = infllm.KVCache(2, 2, 64, dtype=torch.float32)
+    k = torch.randn(1, 65, 2, 64)
+    one_page = torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="max_seqlen_q: 65, expected at most max_seqlen_k = 64"):
+        cache.append(k, k, torch.zeros(1, dtype=torch.int32), one_page)
+    bad = torch.tensor([[0, 7]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="has page 7 at block 1, expected 0 to 1"):
+        cache.append(k, k, torch.zeros(1, dtype=torch.int32), bad)
+    with pytest.raises(ValueError, match=r"pages: .*expected uint8"):
+        cache.pages = cache.pages[:, :100]
+        cache.append(k, k, torch.zeros(1, dtype=torch.int32), bad)

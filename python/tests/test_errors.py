@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: a message that names the argument, what was found and what was expected; no crash."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from cases import SMALL, starts
+
+import infllm
+
+Q = torch.randn(10, 4, 16)
+K = torch.randn(10, 2, 16)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"q": Q[0]}, r"q and k: \[4, 16\] and \[10, 2, 16\], expected \[T, Hq, D\]"),
+    ({"k": K.double()}, r"k: torch.float64 \[10, 2, 16\] on cpu, expected torch.float32"),
+    ({"v": K[:9]}, r"v: torch.float32 \[9, 2, 16\] on cpu, expected torch.float32 \[10, 2, 16\]"),
+    ({"k": K[..., :8], "v": K[..., :8]}, r"k: .*\[10, 2, 8\].*expected .*\[S, Hkv, 16\]"),
+    ({"q": Q[:, :3]}, "q: 3 heads for 2 KV heads, expected a multiple"),
+    ({"q": torch.randn(11, 4, 16)}, "max_seqlen_q: 11, expected at most max_seqlen_k = 10"),
+    ({"cu_seqlens_q": torch.tensor([0, 10])}, r"cu_seqlens_q: torch.int64 \[2\], expected int32"),
+    ({"cu_seqlens_q": starts((4, 5))}, "num_tokens = 10, but query_start ends at 9"),
+    ({"cu_seqlens_q": torch.tensor([0, 12, 10], dtype=torch.int32)},
+     "max_seqlen_q: 12|falls from 12 to 10|has 12 tokens"),
+    ({"cu_seqlens_q": starts((10,)), "max_seqlen_q": 5},
+     "max_seqlen_q = 5, but the longest sequence has 10"),
+    ({"cu_seqlens_q": starts((10,)), "cu_seqlens_k": starts((5, 5))},
+     "cu_seqlens_q: 1 sequences, but cu_seqlens_k has 2"),
+    ({"cu_seqlens_k": starts((10,))}, "cu_seqlens_k: given without cu_seqlens_q"),
+    ({"sparse": True}, "sparse: given without sparse_config"),
+    ({"sparse": torch.tensor([1]), "sparse_config": SMALL}, "sparse: torch.int64"),
+    ({"softmax_scale": float("nan")}, "scale = nan, expected a positive number"),
+    ({"q_score": Q}, "q_score: given, but sparse_config.use_nope is not set"),
+    ({"sparse_config": infllm.SparseConfig(use_nope=True)}, r"q_score: missing, expected"),
+    ({"sparse_config": infllm.SparseConfig(topk=0)}, "topk = 0, expected 1 to"),
+    ({"sparse_config": infllm.SparseConfig(block_size=128)}, "block_size = 128, but this device"),
+    ({"sparse_config": infllm.SparseConfig(kernel_stride=10)}, "expected a multiple of"),
+    ({"backend": "gpu"}, 'no device "gpu" here; choose one of: auto, cpu, reference'),
+    ({"selection": torch.zeros(2, 10, 1)}, r"selection: torch.float32 .*expected int32 \[2, 10"),
+    ({"selection": torch.full((2, 10, 1), 7, dtype=torch.int32)},
+     "selection: block 7, expected -1 to 0"),
+    ({"selection": torch.zeros((2, 10, 2), dtype=torch.int32)}, "selection: expected ascending"),
+    ({"q": Q.int()}, "q: torch.int32|k: torch.float32"),
+    ({"plan": infllm.make_plan(starts((10,)), None, 10, 10), "sparse": True},
+     "plan: given with cu_seqlens, max_seqlen or sparse"),
+])
+def test_messages(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        infllm.attention(**{"q": Q, "k": K, "v": K, **arguments})
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"topK": 3}, r"unknown \['topK'\], expected some of"),
+    ({"topk": 3.5}, "topk = 3.5, expected an int"),
+    ({"lse_source": "both"}, "lse_source = 'both', expected one of"),
+])
+def test_config_messages(values: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        infllm.SparseConfig.from_dict(values)
+
+
+def test_config_from_a_checkpoint() -> None:
+    config = infllm.SparseConfig.from_dict({
+        "kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "block_size": 64,
+        "window_size": 2048, "topk": 64, "use_nope": False, "dense_len": 8192})
+    assert config == infllm.SparseConfig() and config.budget_blocks == 96
+    assert infllm.SparseConfig.from_numbers(config.numbers()) == config
+
+
+def test_half_precision_on_the_cpu() -> None:
+    q, k = Q.half(), K.half()
+    out = infllm.attention(q, k, k)
+    assert out.dtype is torch.float16
+    assert torch.equal(out, infllm.attention(q.float(), k.float(), k.float()).half())
+
+
+@pytest.mark.cuda
+def test_messages_on_a_device() -> None:
+    q, k = Q.cuda(), K.cuda()
+    with pytest.raises(TypeError, match="q: torch.float32 on cuda:0, expected bfloat16 or float16"):
+        infllm.attention(q, k, k)
+    with pytest.raises(NotImplementedError, match="head dimension 16, but this device takes 64"):
+        infllm.attention(q.bfloat16(), k.bfloat16(), k.bfloat16())
+    with pytest.raises(ValueError, match="max_seqlen_q: missing"):
+        infllm.attention(q.bfloat16(), k.bfloat16(), k.bfloat16(), starts((10,)).cuda())
+
+
+def test_no_random_shape_crashes() -> None:
+    """Whatever comes: a result of q's shape or one of our exceptions."""
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        pick = lambda *choices: chance.choice(choices)  # noqa: E731
+        q = torch.randn(pick(0, 1, 5, 64), pick(0, 1, 2, 4), pick(0, 1, 16, 20))
+        k = torch.randn(pick(0, 1, 5, 64), pick(0, 1, 2), pick(16, q.shape[2]))
+        lengths = [chance.randint(-1, 6) for _ in range(chance.randint(0, 3))]
+        arguments = pick({}, {"cu_seqlens_q": torch.tensor(
+            [pick(0, 0, 3), *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)})
+        if arguments and chance.random() < 0.5:
+            arguments["max_seqlen_q"] = chance.randint(-2, 9)
+        config = pick(None, infllm.SparseConfig(
+            dense_len=pick(-1, 0, 3), topk=pick(0, 1, 9), init_blocks=pick(0, 1, 5),
+            window_size=pick(0, 64, 100)))
+        try:
+            out = infllm.attention(q, k, k, **arguments, sparse_config=config)
+            assert out.shape == q.shape
+        except (ValueError, TypeError, NotImplementedError):
+            refused += 1
+    assert 100 < refused < 300
