@@ -21,6 +21,7 @@
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/ops/attend.h"
 #include "infllm/ops/score_select.h"
+#include "tests/cuda/poison.h"
 
 namespace infllm::decode_check {
 
@@ -57,7 +58,7 @@ class Array {
   Array() = default;
   explicit Array(std::size_t count) : count_(count) {
     must(cudaMalloc(&data_, count * sizeof(U) + 16));
-    fill_bytes(0xff);
+    poison();
   }
   explicit Array(const std::vector<U>& from) : Array(from.size()) {
     must(cudaMemcpy(data_, from.data(), from.size() * sizeof(U), cudaMemcpyHostToDevice));
@@ -70,7 +71,7 @@ class Array {
   }
   ~Array() { cudaFree(data_); }
 
-  void fill_bytes(int value) { must(cudaMemset(data_, value, count_ * sizeof(U))); }
+  void poison() { must(cuda::poison(data_, count_ * sizeof(U))); }
   std::vector<U> host() const {
     std::vector<U> to(count_);
     must(cudaMemcpy(to.data(), data_, count_ * sizeof(U), cudaMemcpyDeviceToHost));

@@ -25,6 +25,7 @@
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/backend/cuda/sm90/score_select.h"
+#include "tests/cuda/poison.h"
 
 namespace infllm::cuda {
 
@@ -228,7 +229,7 @@ class Step {
         Array<std::int32_t>(static_cast<std::size_t>(c.heads_kv) * batch_.num_tokens * columns());
     params_.select.selection = selection_.data();
     workspace_ = Array<std::byte>(workspace_bytes());
-    must(cudaMemset(workspace_.data(), 0xff, workspace_.size()), "poison");
+    must(poison(workspace_.data(), workspace_.size()), "poison");
   }
 
   int columns() const { return params_.select.columns(); }

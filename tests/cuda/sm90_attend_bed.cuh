@@ -17,6 +17,7 @@
 
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/ops/attend.h"
+#include "tests/cuda/poison.h"
 
 namespace infllm::cuda::testing {
 
@@ -38,10 +39,10 @@ inline void must(const Status& status) {
 template <typename T>
 class Array {
  public:
-  explicit Array(std::int64_t count, int fill = 0xff) : count_(count) {
+  explicit Array(std::int64_t count) : count_(count) {
     MUST(
         cudaMalloc(&data_, static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(T)));
-    MUST(cudaMemset(data_, fill, static_cast<std::size_t>(count) * sizeof(T)));
+    MUST(poison(data_, static_cast<std::size_t>(count) * sizeof(T)));
   }
   explicit Array(const std::vector<T>& host) : Array(static_cast<std::int64_t>(host.size())) {
     MUST(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
@@ -255,7 +256,9 @@ struct Bed {
     params.pages.layout = layout;
     params.pages.num_pages = pages;
     params.pages.page_bytes = PageMap(layout).bytes();
-    memory = std::make_unique<Array<std::byte>>(params.pages.page_bytes * pages);
+    const std::int64_t bytes = params.pages.page_bytes * pages;
+    memory = std::make_unique<Array<std::byte>>(bytes);
+    MUST(cudaMemset(memory->get(), 0xff, static_cast<std::size_t>(bytes)));  // read, but masked
     params.pages.data = memory->get();
     d_starts = std::make_unique<Array<std::int32_t>>(starts);
     d_lengths = std::make_unique<Array<std::int32_t>>(lengths);
@@ -341,12 +344,10 @@ struct Bed {
   }
 
   void poison() {
-    MUST(cudaMemset(
-        o->get(), 0xff,
-        static_cast<std::size_t>(std::int64_t{tokens} * heads() * test.dim) * sizeof(T)));
-    MUST(cudaMemset(
-        lse->get(), 0xff,
-        static_cast<std::size_t>(tokens) * static_cast<std::size_t>(heads()) * sizeof(float)));
+    MUST(cuda::poison(
+        o->get(), static_cast<std::size_t>(std::int64_t{tokens} * heads() * test.dim) * sizeof(T)));
+    MUST(cuda::poison(lse->get(), static_cast<std::size_t>(tokens) *
+                                      static_cast<std::size_t>(heads()) * sizeof(float)));
   }
 
   Case test;

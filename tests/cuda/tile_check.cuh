@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "infllm/backend/cuda/tile/tensor_map.h"
+#include "tests/cuda/poison.h"
 
 namespace infllm::cuda::tile {
 
@@ -32,7 +33,7 @@ template <typename T>
 struct Managed {  // device memory with a host copy
   explicit Managed(std::size_t count) : host(count) {
     must(cudaMalloc(&device, count * sizeof(T)));
-    must(cudaMemset(device, 0xff, count * sizeof(T)));
+    must(poison(device, count * sizeof(T)));
   }
   explicit Managed(const std::vector<T>& values) : Managed(values.size()) {
     host = values;
