@@ -179,8 +179,8 @@ class BackwardAttender {
             static_cast<int>(std::min<std::int64_t>(kPageTokens, position - first_position + 1));
       }
       weigh(sequence, head, block, w.row, w.limit, n, w);
-      add_turned(w.p, w.grad_o, n, w.grad_v, w);
-      add_turned(w.grad_x, w.q, n, w.grad_k, w);
+      add_turned<Num>(w.p, w.grad_o, n, plan_.dim, w.weights, w.pairs, w.grad_v);
+      add_turned<Num>(w.grad_x, w.q, n, plan_.dim, w.weights, w.pairs, w.grad_k);
     }
     for (std::int64_t t = 0; t < keys; ++t) {
       const std::int64_t at =
@@ -291,23 +291,6 @@ class BackwardAttender {
       product.c[i] = w.grad_q + row[i] * plan_.dim;
     }
     product.template run<true>(n, w.turned_key, plan_.dim, plan_.dim, kPageTokens / Num::kPer);
-  }
-
-  // sum [64, D] += weights^T rows.
-  void add_turned(float* weights, const Element* rows, int n, float* sum, const Scratch& w) const {
-    turn_weights<Num>(weights, n, w.weights);
-    pair_rows<Num>(rows, n, plan_.dim, w.pairs);
-    constexpr int kKeys = kPageTokens / 2;  // at once: a product takes up to kGroupRows
-    static_assert(kKeys <= kGroupRows && kGroupRows % Num::kPer == 0);
-    Product<Num> product;
-    for (int first = 0; first < kPageTokens; first += kKeys) {
-      for (int i = 0; i < kKeys; ++i) {
-        product.a[i] = w.weights + (first + i) * (kGroupRows / Num::kPer);
-        product.c[i] = sum + (first + i) * plan_.dim;
-      }
-      product.template run<true>(kKeys, w.pairs, plan_.dim, plan_.dim,
-                                 (n + Num::kPer - 1) / Num::kPer);
-    }
   }
 
   void write_row(const float* from, float factor, float* to) const {

@@ -3,6 +3,8 @@
 // The cpu column of the grid for one instruction set: all rows, and their table.
 #pragma once
 
+#include "infllm/backend/cpu/align-inl.h"
+#include "infllm/backend/cpu/align_backward-inl.h"
 #include "infllm/backend/cpu/attend-inl.h"
 #include "infllm/backend/cpu/attend_backward-inl.h"
 #include "infllm/backend/cpu/compress-inl.h"
@@ -34,6 +36,8 @@ const Kernels& kernels() {
       .select = {&run_select},
       .attend = {&run_attend, &attend_bytes},
       .attend_backward = {&run_attend_backward, &attend_backward_bytes},
+      .align = {&run_align, &align_bytes},
+      .align_backward = {&run_align_backward, &align_backward_bytes},
       .pack_linear = &cpu::pack_linear,
       .linear = {&run_linear, &linear_workspace},
       .upload_table = &cpu::upload_table,

@@ -11,18 +11,12 @@
 // sums then go through memory to a last pass that takes the maxima.
 #pragma once
 
-#include <hwy/cache_control.h>
-
-#include <cstring>
-
 #include "infllm/backend/cpu/page.h"
+#include "infllm/backend/cpu/pooled-inl.h"
 #include "infllm/backend/cpu/softmax-inl.h"
 #include "infllm/ops/kernels.h"
 
 INFLLM_CPU_BEGIN
-
-inline constexpr std::int64_t kAheadOfGather = 4096;  // bytes
-inline constexpr std::int64_t kLineBytes = 64;
 
 struct ScorePlan {
   explicit ScorePlan(const ScoreParams& params)
@@ -64,19 +58,6 @@ struct ScoreScratch {
     taker(softmax.l, plan.rows * kLanes);
     taker(row, plan.rows);
     taker(s, std::max<std::int64_t>(kGroupRows, plan.group) * kPageTokens);
-  }
-};
-
-// A kind of pooled keys of one head.
-struct PooledKeys {
-  std::int64_t size;
-  std::int64_t stride;
-  std::int64_t rows;    // in a page
-  std::int64_t offset;  // of the plane
-
-  // Windows whose last token is at or before `position`.
-  std::int64_t visible(std::int64_t position) const {
-    return windows_in(position + 1, size, stride);
   }
 };
 
@@ -175,16 +156,8 @@ class Scorer {
   }
 
  private:
-  PooledKeys fine(std::int64_t head) const {
-    return {p_.config.kernel_size, p_.config.kernel_stride, map_.fine_rows, map_.fine(head)};
-  }
-  PooledKeys coarse(std::int64_t head) const {
-    return {p_.config.coarse_size(), p_.config.coarse_stride(), map_.coarse_rows,
-            map_.coarse(head)};
-  }
-  PooledKeys normaliser(std::int64_t head) const {
-    return p_.config.lse_source == LseSource::kCoarse ? coarse(head) : fine(head);
-  }
+  PooledKeys fine(std::int64_t head) const { return fine_keys(p_.config, map_, head); }
+  PooledKeys normaliser(std::int64_t head) const { return norm_keys(p_.config, map_, head); }
   bool scores_decode(const Sequence& sequence) const {
     return sequence.sparse && sequence.tokens == 1 &&
            !p_.config.selects_all_at(sequence.length - 1);
@@ -281,39 +254,6 @@ class Scorer {
     w.softmax.reset(rows);
   }
 
-  // `count` windows from `first` on, as [D / per, 64]; lanes after them keep whatever they had. A
-  // page contributes one short piece, which no hardware prefetcher expects: they are fetched
-  // kAheadOfGather bytes early.
-  void gather(const Sequence& sequence, const PooledKeys& keys, std::int64_t first, int count,
-              Element* to) const {
-    const std::int64_t steps = plan_.head_dim / Num::kPer;
-    const std::int64_t bytes = steps * keys.rows * static_cast<std::int64_t>(sizeof(Element));
-    const std::int64_t pages = ceil_div(sequence.length, kPageTokens);
-    for (int i = 0; i < count;) {
-      const std::int64_t page = (first + i) / keys.rows;
-      const std::int64_t slot = (first + i) % keys.rows;
-      const int run = static_cast<int>(std::min<std::int64_t>(keys.rows - slot, count - i));
-      const auto* from = sequence.plane<const Element>(page, keys.offset);
-      const std::int64_t later = page + ceil_div(kAheadOfGather, bytes);
-      if (later < pages) {
-        const auto* line = sequence.plane<const std::byte>(later, keys.offset);
-        for (std::int64_t at = 0; at < bytes; at += kLineBytes) hwy::Prefetch(line + at);
-      }
-      if (run == 4) {  // the released windows: a page's four at once
-        for (std::int64_t k = 0; k < steps; ++k) {
-          std::memcpy(to + k * kPageTokens + i, from + k * keys.rows + slot, 4 * sizeof(Element));
-        }
-      } else {
-        for (std::int64_t k = 0; k < steps; ++k) {
-          for (int j = 0; j < run; ++j) {
-            to[k * kPageTokens + i + j] = from[k * keys.rows + slot + j];
-          }
-        }
-      }
-      i += run;
-    }
-  }
-
   // Logits of rows [first, first + count) against the gathered tile.
   void multiply(std::int64_t first, int count, const ScoreScratch<Num>& w) const {
     const std::int64_t steps = plan_.head_dim / Num::kPer;
@@ -335,7 +275,7 @@ class Scorer {
     const int rows = tile.tokens * plan_.group;
     for (std::int64_t window = first; window < last; window += kPageTokens) {
       const int count = static_cast<int>(std::min<std::int64_t>(kPageTokens, last - window));
-      gather(sequence, keys, window, count, w.pooled);
+      gather_pooled<Num>(sequence, keys, plan_.head_dim, window, count, w.pooled);
       for (int row = 0; row < rows; row += kGroupRows) {
         const int n = std::min(kGroupRows, rows - row);
         multiply(row, n, w);
@@ -360,7 +300,7 @@ class Scorer {
     const F32 d;
     const VF32 c = hn::Set(d, c_);
     const PooledKeys keys = fine(head);
-    gather(sequence, keys, window, count, w.pooled);
+    gather_pooled<Num>(sequence, keys, plan_.head_dim, window, count, w.pooled);
     const int together = std::max(1, kGroupRows / plan_.group);
     for (int token = 0; token < tile.tokens; token += together) {
       const int tokens = std::min(together, tile.tokens - token);

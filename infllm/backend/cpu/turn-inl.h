@@ -79,4 +79,23 @@ void turn_weights(float* weights, int count, typename Num::Element* to) {
   }
 }
 
+// sum [64, D] += weights^T rows, of up to kGroupRows rows of weights [n, 64] and rows [n, D / per].
+// Scratch: `turned` [64, kGroupRows / per], `pairs` [kGroupRows / per, D].
+template <class Num>
+void add_turned(float* weights, const typename Num::Element* rows, int n, std::int64_t dim,
+                typename Num::Element* turned, typename Num::Element* pairs, float* sum) {
+  turn_weights<Num>(weights, n, turned);
+  pair_rows<Num>(rows, n, dim, pairs);
+  constexpr int kKeys = kPageTokens / 2;  // at once: a product takes up to kGroupRows
+  static_assert(kKeys <= kGroupRows && kGroupRows % Num::kPer == 0);
+  Product<Num> product;
+  for (int first = 0; first < kPageTokens; first += kKeys) {
+    for (int i = 0; i < kKeys; ++i) {
+      product.a[i] = turned + (first + i) * (kGroupRows / Num::kPer);
+      product.c[i] = sum + (first + i) * dim;
+    }
+    product.template run<true>(kKeys, pairs, dim, dim, (n + Num::kPer - 1) / Num::kPer);
+  }
+}
+
 INFLLM_CPU_END
