@@ -100,6 +100,53 @@ TEST_P(AttentionInvariant, CompanyChangesNothing) {
   }
 }
 
+// In a batch of the same shape, which runs the same kernels on devices too, what other sequences
+// hold is never seen.
+TEST_P(AttentionInvariant, WhatNeighboursHoldChangesNothing) {
+  SKIP_INCOMPLETE(GetParam());
+  const Case& c = case_named(GetParam().case_name);
+  const Step& step = c.steps.back();
+  const auto run = [&](auto is_changed) {
+    Rig rig(open(GetParam().backend), c, GetParam().kv);
+    for (std::size_t s = 0; s < step.size(); ++s) {
+      SequenceNumbers& numbers = rig.numbers()[s];
+      if (is_changed(s)) {
+        for (auto* rows : {&numbers.k, &numbers.v, &numbers.k_score}) {
+          for (double& x : *rows) x *= -2;  // in every type without rounding
+        }
+      }
+    }
+    rig.enter(step);
+    return rig.attention();
+  };
+  const std::int64_t row = std::int64_t{c.heads_q} * c.head_dim;
+  const Attended original = run([](std::size_t) { return false; });
+  const std::size_t tokens = original.lse.size() / static_cast<std::size_t>(c.heads_q);
+  for (const std::size_t parity : {0u, 1u}) {
+    const Attended changed = run([&](std::size_t s) { return s % 2 == parity; });
+    std::size_t first = 0;
+    for (std::size_t s = 0; s < step.size(); ++s) {
+      const auto count = static_cast<std::size_t>(step[s].end - step[s].first);
+      const auto part = [&](const Attended& all) {
+        Attended cut;
+        const auto begin = all.o.begin() + static_cast<std::ptrdiff_t>(first) * row;
+        cut.o.assign(begin, begin + static_cast<std::ptrdiff_t>(count) * row);
+        for (std::int32_t h = 0; h < c.heads_q; ++h) {
+          const auto from = all.lse.begin() + static_cast<std::ptrdiff_t>(h * tokens + first);
+          cut.lse.insert(cut.lse.end(), from, from + static_cast<std::ptrdiff_t>(count));
+        }
+        return cut;
+      };
+      if (s % 2 != parity) {
+        expect_same_bits(part(changed), part(original), describe(label_of(GetParam(), "others")));
+      } else if (count > 0) {
+        EXPECT_NE(part(changed).o, part(original).o) << "the change must be one";
+      }
+      first += count;
+    }
+  }
+}
+
 std::vector<Point> invariant_points() {
   std::vector<Point> list;
   for (const Point& p : whole_grid()) {

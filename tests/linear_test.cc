@@ -160,6 +160,46 @@ TEST_P(LinearTest, IsBitwiseTheSameInCompany) {
   }
 }
 
+// For as many tokens, which a device multiplies by the same kernel: whatever the other rows hold.
+TEST_P(LinearTest, OtherRowsChangeNothing) {
+  const Bench bench(open(GetParam()));
+  if (bench.backend.kernels->linear.run == nullptr) GTEST_SKIP() << "no linear";
+  const std::int64_t inputs = 200, outputs = 150;
+  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBF16, WeightFormat::kI8}) {
+    if (!packs(GetParam(), format)) continue;
+    Random random(10);
+    const std::vector<double> w = random.normals(inputs * outputs, DType::kF32);
+    const std::vector<float> narrow(w.begin(), w.end());
+    const TensorView part = TensorView::matrix(narrow.data(), DType::kF32, outputs, inputs);
+    const LinearWeight weight = must(pack_linear(bench.backend, {&part, 1}, format));
+    for (const std::int64_t tokens : {2, 5, 17, 130}) {
+      const auto run = [&](const std::vector<double>& x) {
+        const Buffer in = bench.in(x);
+        const Buffer out =
+            poisoned(bench.backend, tokens * outputs, bench.backend.kernels->activation);
+        const LinearParams params{
+            .weight = &weight, .tokens = tokens, .x = in.data(), .y = out.data()};
+        const Buffer workspace =
+            must(allocate(bench.backend, linear_workspace_bytes(bench.backend, params)));
+        must(linear(bench.backend, params, {workspace.data(), workspace.bytes()}));
+        return bench.out(out, static_cast<std::size_t>(tokens * outputs));
+      };
+      std::vector<double> x = random.normals(tokens * inputs, DType::kF32);
+      const std::vector<double> before = run(x);
+      for (std::int64_t t = 1; t < tokens; t += 2) {
+        for (std::int64_t i = 0; i < inputs; ++i) x[t * inputs + i] *= -3;
+      }
+      const std::vector<double> after = run(x);
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        const auto same =
+            std::equal(before.begin() + t * outputs, before.begin() + (t + 1) * outputs,
+                       after.begin() + t * outputs);
+        EXPECT_EQ(same, t % 2 == 0) << GetParam() << " token " << t << " of " << tokens;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, LinearTest, ::testing::ValuesIn(kernel_backends()), backend_id);
 
 // Integers multiply exactly: the reference keeps f64 as it is, and columns without it say so.
