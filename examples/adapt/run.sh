@@ -1,66 +1,82 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# The whole experiment within a given time: pretraining on all GPUs, then every arm on one of its own,
-# then all evaluations side by side. Ends in time and leaves what there is.
+# The whole experiment within a given time on the GPUs there are: pretraining on all of them, then
+# arms and evaluations one a GPU, the next as one becomes free. Ends in time and leaves what there is.
 #
 #   examples/adapt/run.sh OUT SECONDS [CONFIG]
 #
 # needs .train/adapt/text and .train/adapt/tokenizer (text.py, tokenizer.py) and `import infllm`.
-# OUT gets results.jsonl, the logs, and one folder a run with its checkpoint and state.
+# OUT gets results.jsonl, the logs, and one folder a run with its checkpoint and state. Started again,
+# it goes on: a run that has its run.jsonl is done. ADAPT_UNTIL=pretrain stops after that.
 set -u
-OUT=$1 SECONDS_IN_ALL=$2
+OUT=$1 TOTAL=$2
 HERE=$(dirname "$0") CONFIG=${3:-$(dirname "$0")/configs/h200.toml}
 START=$(date +%s)
 GPUS=$(nvidia-smi -L | wc -l)
 WORKERS=$(( $(nproc) / GPUS - 1 ))
-at() { echo $(( START + SECONDS_IN_ALL * $1 / 1000 )); }  # the time at so many thousandths
-say() { echo "== $(( $(date +%s) - START )) s: $*"; }
-export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor} OMP_NUM_THREADS=1
+ARMS=(dense sparse aligned)
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}
 mkdir -p "$OUT"
+at() { echo $(( START + TOTAL * $1 / 1000 )); }  # the time at so many thousandths
+left() { echo $(( $(at "$1") - $(date +%s) )); }
+say() { echo "== $(( $(date +%s) - START )) s: $*"; }
+
+# Thousandths at which pretraining ends, the last arm ends, and evaluations stop.
+WAVES=$(( (${#ARMS[@]} + GPUS - 1) / GPUS ))
+SHORT=350 LAST=800 STOP=960
+[ "${ADAPT_UNTIL:-}" = pretrain ] && SHORT=960
 
 if [ ! -e .train/adapt/data/words.txt ]; then
   python3 "$HERE/documents.py" --processes "$(nproc)" || exit 1
 fi
-say "pretraining on $GPUS GPUs"
-torchrun --nproc-per-node "$GPUS" "$HERE/train.py" --config "$CONFIG" --phase pretrain --out "$OUT/short" \
-  --workers $WORKERS --deadline "$(at 390)" > "$OUT/short.log" 2>&1
-tail -n 2 "$OUT/short.log"
+if [ ! -e "$OUT/short/run.jsonl" ]; then
+  say "pretraining on $GPUS GPUs"
+  torchrun --nproc-per-node "$GPUS" "$HERE/train.py" --config "$CONFIG" --phase pretrain --out "$OUT/short" \
+    --workers $WORKERS --deadline "$(at $SHORT)" >> "$OUT/short.log" 2>&1
+  tail -n 1 "$OUT/short.log"
+fi
+[ "${ADAPT_UNTIL:-}" = pretrain ] && exit
 
-evaluate() {  # GPU, checkpoint, name of the arm, thousandths, name of the log, more options
-  CUDA_VISIBLE_DEVICES=$1 timeout -k 5 $(( $(at 985) - $(date +%s) )) python3 "$HERE/evaluate.py" \
-    --config "$CONFIG" --model "$2/model" --arm "$3" --workers $WORKERS --deadline "$(at "$4")" \
-    --out "$OUT/results.jsonl" "${@:6}" > "$OUT/$5.eval.log" 2>&1
+# A pipe holds the free GPUs.
+rm -f "$OUT/free"; mkfifo "$OUT/free"; exec 3<> "$OUT/free"
+for (( g = 0; g < GPUS; g++ )); do echo $g >&3; done
+on_free_gpu() {  # runs its arguments with a GPU of their own
+  read -r -u 3 gpu
+  say "GPU $gpu: $*"
+  ( CUDA_VISIBLE_DEVICES=$gpu "$@"; echo "$gpu" >&3 ) &
+}
+continued() {  # arm, Unix time of its end
+  python3 "$HERE/train.py" --config "$CONFIG" --phase adapt --arm "$1" --init "$OUT/short/model" \
+    --out "$OUT/$1" --workers $WORKERS --deadline "$2" >> "$OUT/$1.log" 2>&1
+}
+evaluated() {  # run, name of the log, more options
+  until [ -e "$OUT/$1/run.jsonl" ] || (( $(left $STOP) < 0 )); do sleep 1; done
+  timeout -k 5 "$(left 985)" python3 "$HERE/evaluate.py" --config "$CONFIG" --model "$OUT/$1/model" --arm "$1" \
+    --workers $WORKERS --deadline "$(at $STOP)" --out "$OUT/results.jsonl" "${@:3}" > "$OUT/$2.eval.log" 2>&1
+}
+step_timed() {
+  timeout -k 5 60 python3 "$HERE/bench_step.py" --config "$CONFIG" --lengths 4096 32768 --out "$OUT/results.jsonl" \
+    > "$OUT/step.log" 2>&1
 }
 
 say arms
-gpu=0
-for arm in dense sparse aligned; do
-  CUDA_VISIBLE_DEVICES=$(( gpu % GPUS )) python3 "$HERE/train.py" --config "$CONFIG" --phase adapt --arm $arm \
-    --init "$OUT/short/model" --out "$OUT/$arm" --workers $WORKERS --deadline "$(at 770)" > "$OUT/$arm.log" 2>&1 &
-  gpu=$(( gpu + 1 ))
+now=$(( $(date +%s) - START )) wave=0
+for i in "${!ARMS[@]}"; do
+  [ -e "$OUT/${ARMS[i]}/run.jsonl" ] && continue
+  wave=$(( i / GPUS + 1 ))
+  on_free_gpu continued "${ARMS[i]}" $(( START + now + (TOTAL * LAST / 1000 - now) * wave / WAVES ))
 done
-# Meanwhile on the last GPU: the model that is not continued, and a training step's time.
-(
-  evaluate $(( GPUS - 1 )) "$OUT/short" short 620 short
-  CUDA_VISIBLE_DEVICES=$(( GPUS - 1 )) timeout -k 5 $(( $(at 770) - $(date +%s) )) python3 "$HERE/bench_step.py" \
-    --config "$CONFIG" --lengths 4096 32768 --out "$OUT/results.jsonl" > "$OUT/step.log" 2>&1
-) &
-wait
-tail -qn 1 "$OUT"/{dense,sparse,aligned}.log "$OUT/short.eval.log"
-
-say evaluation
-gpu=0
-for arm in dense sparse aligned; do
-  evaluate $(( gpu % GPUS )) "$OUT/$arm" $arm 940 $arm &
-  gpu=$(( gpu + 1 ))
+on_free_gpu step_timed
+for run in short "${ARMS[@]}"; do on_free_gpu evaluated "$run" "$run"; done
+for topk in 32 8; do  # 64 and 40 of the 96 blocks that it was continued with
+  (( $(left $STOP) > 40 )) && on_free_gpu evaluated aligned "few-$topk" --lengths 32768 --topk $topk
 done
-if (( GPUS > 3 )); then  # 64 and 40 of the 96 blocks that it was continued with
-  for topk in 32 8; do evaluate 3 "$OUT/aligned" aligned 940 "few-$topk" --lengths 32768 --topk $topk; done &
-fi
 wait
+rm -f "$OUT/free"
 cat "$OUT"/*/run.jsonl >> "$OUT/results.jsonl"
 cat "$OUT"/*.eval.log | grep -v '^$'
-python3 "$HERE/plot.py" --out "$OUT/loss.svg" "$OUT"/{short,dense,sparse,aligned}/log.jsonl
-python3 "$HERE/plot.py" --field answer_loss --out "$OUT/answers.svg" "$OUT"/{short,dense,sparse,aligned}/log.jsonl
+for field in text_loss answer_loss; do
+  python3 "$HERE/plot.py" --field $field --out "$OUT/$field.svg" "$OUT"/{short,dense,sparse,aligned}/log.jsonl
+done
 say "done"
