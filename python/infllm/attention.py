@@ -125,7 +125,7 @@ def choose(
 
 
 def scale_of(q: Tensor, softmax_scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale
 
 
 def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

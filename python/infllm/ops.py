@@ -272,8 +272,13 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: No
     return *grads, *none
 
 
-torch.library.register_autograd("infllm::attention", _gradients, setup_context=_save,
-                                lib=library)
+def _no_second(_ctx: Any, *_grads: Any) -> tuple:
+    raise RuntimeError("infllm.attention: a second derivative was asked for, but there is only a "
+                       "first; leave out create_graph=True")
+
+
+torch.library.register_autograd("infllm::attention", _gradients, setup_context=_save, lib=library)
+torch.library.register_autograd("infllm::attention_backward", _no_second, lib=library)
 
 # ---- the choice alone -----------------------------------------------------------------------------
 

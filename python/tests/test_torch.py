@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_checkpoint_keeps_the_selection(place: Place) -> None:
 def test_no_second_derivative() -> None:
     q, k, v = (torch.randn(5, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
     grad, = torch.autograd.grad(infllm.attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="a second derivative was asked for"):
         grad.sum().backward()
 
 
@@ -207,10 +208,12 @@ def test_many_threads(device: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process")
 def test_a_forked_process_has_its_own_threads() -> None:
+    """As a loader's workers. (PyTorch's own threads do not survive a fork: none of them here.)"""
     q, k, v = Case("one", (320,), (320,)).numbers(torch.float32)
     expected = infllm.attention(q, k, v, sparse_config=SMALL)
     child = os.fork()
     if child == 0:
-        same = torch.equal(infllm.attention(q, k, v, sparse_config=SMALL), expected)
-        os._exit(0 if same else 1)
+        signal.alarm(60)
+        same = infllm.attention(q, k, v, sparse_config=SMALL).numpy() == expected.numpy()
+        os._exit(0 if same.all() else 1)
     assert os.waitpid(child, 0)[1] == 0
