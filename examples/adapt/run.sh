@@ -8,7 +8,8 @@
 #
 # needs .train/adapt/text and .train/adapt/tokenizer (text.py, tokenizer.py) and `import infllm`.
 # OUT gets results.jsonl, the logs, and one folder a run with its checkpoint and state. Started again,
-# it goes on: a run that has its run.jsonl is done. ADAPT_UNTIL=pretrain stops after that.
+# it goes on: a run that has its run.jsonl is done. ADAPT_UNTIL=pretrain stops after that;
+# ADAPT_STRETCH multiplies the configuration's steps.
 set -u
 OUT=$1 TOTAL=$2
 HERE=$(dirname "$0") CONFIG=${3:-$(dirname "$0")/configs/h200.toml}
@@ -33,7 +34,7 @@ fi
 if [ ! -e "$OUT/short/run.jsonl" ]; then
   say "pretraining on $GPUS GPUs"
   torchrun --nproc-per-node "$GPUS" "$HERE/train.py" --config "$CONFIG" --phase pretrain --out "$OUT/short" \
-    --workers $WORKERS --deadline "$(at $SHORT)" >> "$OUT/short.log" 2>&1
+    --workers $WORKERS --stretch "${ADAPT_STRETCH:-1}" --deadline "$(at $SHORT)" >> "$OUT/short.log" 2>&1
   tail -n 1 "$OUT/short.log"
 fi
 [ "${ADAPT_UNTIL:-}" = pretrain ] && exit
@@ -48,7 +49,7 @@ on_free_gpu() {  # runs its arguments with a GPU of their own
 }
 continued() {  # arm, Unix time of its end
   python3 "$HERE/train.py" --config "$CONFIG" --phase adapt --arm "$1" --init "$OUT/short/model" \
-    --out "$OUT/$1" --workers $WORKERS --deadline "$2" >> "$OUT/$1.log" 2>&1
+    --out "$OUT/$1" --workers $WORKERS --stretch "${ADAPT_STRETCH:-1}" --deadline "$2" >> "$OUT/$1.log" 2>&1
 }
 evaluated() {  # run, name of the log, more options
   until [ -e "$OUT/$1/run.jsonl" ] || (( $(left $STOP) < 0 )); do sleep 1; done

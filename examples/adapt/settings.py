@@ -47,6 +47,11 @@ class Phase:
     def steps(self):
         return sum(s.steps for s in self.stages)
 
+    def stretched(self, factor: float) -> "Phase":
+        """The same with so many times the steps."""
+        stages = tuple(Stage(max(1, round(s.steps * factor)), s.lengths) for s in self.stages)
+        return dataclasses.replace(self, stages=stages)
+
     def length(self, step: int, seed: int) -> int:
         """The samples' length in a step; every process of a run draws the same."""
         for stage in self.stages:

@@ -123,6 +123,7 @@ def main():
     parser.add_argument("--init", type=pathlib.Path, help="checkpoint to start from")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stretch", type=float, default=1, help="so many times the steps")
     parser.add_argument("--deadline", type=float, help="end at this Unix time at the latest")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--log-every", type=int, default=20)
@@ -139,7 +140,7 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     settings = settings_lib.load(args.config)
-    phase = settings.phases[args.phase]
+    phase = settings.phases[args.phase].stretched(args.stretch)
     torch.manual_seed(args.seed)
     net = network.Network(checkpoint.config_of(settings))
     if args.init:
