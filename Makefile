@@ -13,7 +13,7 @@ RELEASE := build/release
 export NINJA_STATUS = [%f/%t %p %es] 
 SOURCES = $(shell find infllm tests bench fuzz examples -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 
-.PHONY: help build demo test cuda gpu-test bench gpu-bench fuzz asan tsan lint format-check format tidy \
+.PHONY: help build demo test cuda gpu-test gpu-sanitize bench gpu-bench fuzz asan tsan lint format-check format tidy \
   render render-cli check-render clean
 
 help:  ## this list
@@ -52,6 +52,12 @@ bench:  ## run the benchmarks, add their lines to bench/results, render the tabl
 	cmake --build --preset release --parallel $(JOBS) --target benches infllm
 	tools/bench.sh $(RELEASE) bench/results/cpu.jsonl
 	$(MAKE) render
+
+gpu-sanitize:  ## small cases of the same under compute-sanitizer's four tools
+	tools/install_deps.sh build test
+	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
+	cmake --build --preset cuda --parallel $(JOBS) --target gpu_tests
+	tools/gpu_sanitize.sh build/cuda/tests
 
 GPU_RESULTS ?= bench/results/h200.jsonl
 gpu-bench:  ## the benchmarks on this machine's NVIDIA GPU, with PyTorch's attention beside them

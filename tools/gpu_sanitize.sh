@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Runs small cases of what `make gpu-test` runs under NVIDIA's compute-sanitizer, on this machine's
+# GPU: memcheck, racecheck, synccheck, initcheck. A line for each tool and program.
+#
+#   tools/gpu_sanitize.sh [FOLDER [TOOL ...]]     build/cuda/tests
+#
+# Of the common tests, FILTER (below): every step, at the edges of windows, blocks and chunks. The
+# recorded graphs are left to tools/gpu_test.sh, as the sanitizer runs their kernels one by one. JOBS,
+# LIMIT, and carrying FOLDER to another machine: see gpu_pool.sh.
+set -uo pipefail
+source "$(dirname "$0")/gpu_pool.sh"
+folder=${1:-$root/build/cuda/tests}
+shift $(($# > 0))
+[[ $# -gt 0 ]] || set -- memcheck racecheck synccheck initcheck
+cases='edges_prefill edges_decode budget_edge group_7 group_16 group_32 chunked taking_turns'
+filter=
+for name in $cases; do filter+="*cuda_0_*_$name:"; done
+filter=${FILTER:-$filter*LinearTest*cuda_*:*TransformerTest*cuda_*:*TopLogits*cuda_*:*RopeAppend*cuda_*:*Edge*cuda_*}
+export sanitizer
+sanitizer=$(command -v compute-sanitizer /usr/local/cuda/bin/compute-sanitizer | head -n 1)
+[[ -n "$sanitizer" ]] || { printf 'found no compute-sanitizer, expected it in PATH\n' >&2; exit 1; }
+
+# sanitize TOOL COMMAND...: fails on a finding. Failing calls of CUDA are no finding, as tests of
+# refusals provoke them. For initcheck, memory is left as it comes, and results may differ.
+sanitize() {
+  local tool=$1 status
+  shift
+  [[ $tool == initcheck ]] && export INFLLM_UNPOISONED=1
+  "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 99 "$@"
+  status=$?
+  [[ $status == 0 || ($tool == initcheck && $status == 1) ]]
+}
+export -f sanitize
+
+for tool in "$@"; do
+  for program in "$folder"/cuda/*; do
+    [[ -f "$program" && -x "$program" ]] || continue
+    start "$tool.$(basename "$program")" bash -c 'sanitize "$@"' - "$tool" "$program" tiny
+  done
+  [[ -x "$folder/gpu_kernels" ]] || continue
+  start_shards "$tool.gpu_kernels" 8 \
+    bash -c 'sanitize "$@"' - "$tool" "$folder/gpu_kernels" --gtest_filter="$filter" --gtest_brief=1
+done
+finish
