@@ -40,6 +40,11 @@ std::size_t attend_workspace_bytes(const Backend& backend, const AttendParams& p
 // Gradients with the selection held constant (spec section 8). With P = exp(x - LSE),
 // Delta_h = sum dO O, dS = P (dO V - Delta + dLSE):
 //   dQ_h = scale sum_t dS K_t    dK_t = scale sum dS q_h    dV_t = sum P dO_h
+//
+// dLSE is what merging partial results and context parallelism send back. A learned bias of each
+// key and KV head within the soft-max (NOSA: x_t + bias[t, g], natural units) has its place here: a
+// plane of the cache's pages on the way there, and on the way back dbias = sum dS over the rows
+// that see the key, taken where dK is.
 struct AttendBackwardParams {
   AttendParams forward;            // o and lse hold the forward results
   const void* grad_o = nullptr;    // [T, Hq, D] activation type
