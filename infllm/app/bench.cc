@@ -67,6 +67,7 @@ Result<BenchRow> run_test(BenchRunner& runner, const Session& session, const Ben
     tick();
   }
   BenchRow row = measure_row(session, test, attention, runs);
+  row.repeat = options.repeat;
   if (waits && options.steps) {
     row.times = INFLLM_TRY(measure(true)).times;
     row.timed_runs = 1;
@@ -98,6 +99,7 @@ Status run_tests(const Session& session, const Options& options, const std::stri
       BenchRunner::create(*session.model, {.context = context,
                                            .chunk_tokens = options.model.chunk_tokens,
                                            .dense = attention == "dense",
+                                           .repeat = options.bench.repeat,
                                            .memory_limit = available_memory(session.backend)}));
   for (const BenchTest& test : tests) {
     const std::string note = fmt::format("{} {}", test.name(), attention);

@@ -52,9 +52,9 @@ Result<BenchRunner> BenchRunner::create(const model::Model& model, const Options
   return BenchRunner(model, options, std::move(pool), std::move(plan), std::move(runner));
 }
 
-// Spread over the vocabulary, and the same in every run.
+// Runs of one token, spread over the vocabulary, the same each time.
 std::int32_t BenchRunner::made_up_token(std::int32_t position) const {
-  return static_cast<std::int32_t>((std::int64_t{position} * 7919 + 13) %
+  return static_cast<std::int32_t>((std::int64_t{position / options_.repeat} * 7919 + 13) %
                                    model_->config().vocab_size);
 }
 

@@ -32,6 +32,7 @@ class BenchRunner {
     std::int32_t context = 0;
     std::int32_t chunk_tokens = 0;  // 0: engine::default_chunk_tokens()
     bool dense = false;
+    std::int32_t repeat = 1;  // times that each token comes in a row
     std::int64_t memory_limit = 0;
   };
   static Result<BenchRunner> create(const model::Model& model, const Options& options);

@@ -158,7 +158,7 @@ std::vector<nlohmann::json> bench_records(const Session& session,
                        {"head_dim", config.head_dim}, {"tokens", row.test.tokens()},
                        {"depth", row.test.depth}};
     if (!session.is_device()) record["shape"]["threads"] = session.threads();
-    record["input"] = "random";
+    record["input"] = row.repeat == 1 ? "random" : fmt::format("repeat-{}", row.repeat);
     record["ms"] = row.milliseconds.median;
     record["ms_low"] = row.milliseconds.low;
     record["ms_high"] = row.milliseconds.high;

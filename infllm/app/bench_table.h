@@ -26,6 +26,7 @@ struct BenchRow {
   std::string attention;   // what was asked for: dense, sparse
   bool is_sparse = false;  // whether some token did attend sparsely
   double visible_share = 1;
+  std::int32_t repeat = 1;  // times that each token came in a row
   std::int32_t runs = 0;
   Summary rate;            // tokens per second
   Summary milliseconds;    // of one run

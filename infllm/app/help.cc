@@ -95,6 +95,8 @@ constexpr char kBenchHelp[] =
   -o, --output FORMAT      md, csv, json, jsonl
   --jsonl FILE             append benchmark records as well
   --synthetic SHAPE        generated weights: minicpm4-0.5b, minicpm4-8b, minicpm4.1-8b, bitcpm4-1b
+  --repeat N               each made-up token N times in a row (default 1: every neighbour another
+                           one, which no text has); neighbours then select nearly the same blocks
   --no-warmup              measure from the first run
   --no-steps               on a GPU: without the further run that tells the time of each step
 )";
