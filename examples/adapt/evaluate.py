@@ -39,7 +39,8 @@ class Cases(torch.utils.data.Dataset):
         self.args, self.batches = args, []
         for length in lengths:
             size = max(1, settings.tokens_per_step // length)
-            cases = [(i, task) for i in range(settings.evaluate["tasks"]) for task in tasks]
+            count = settings.evaluate["cases"].get(str(length), 0)
+            cases = [(i, task) for i in range(count) for task in tasks]
             self.batches += [(length, cases[i : i + size]) for i in range(0, len(cases), size)]
         self.maker = None
 
@@ -111,7 +112,7 @@ def main():
         net.config = dataclasses.replace(net.config, sparse=sparse)
     score = Scorer(net, device)
     # The longest that training saw first: if time runs out, that is known.
-    lengths = args.lengths or sorted(settings.evaluate["lengths"], reverse=True)
+    lengths = args.lengths or sorted(map(int, settings.evaluate["cases"]), reverse=True)
     began, right = time.time(), collections.defaultdict(lambda: [0, 0])
     loader = torch.utils.data.DataLoader(
         Cases(args, settings, lengths, ruler.TASKS), batch_size=None, num_workers=args.workers
