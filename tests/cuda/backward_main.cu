@@ -8,8 +8,9 @@
 //                                 failure
 //   backward_main repeat [N]      100 (or N) runs of shapes with cut lists, dense and sparse: all
 //                                 the same bits
-//   backward_main bench N...      milliseconds and useful TFLOP/s, sparse (neighbours share 0.8 of
-//                                 their free blocks, or draw their own) and dense
+//   backward_main bench [correlated | random | dense] N...
+//                                 milliseconds and useful TFLOP/s: neighbours share 0.8 of their
+//                                 free blocks, draw their own, or see all; else all three
 #include <cstring>
 
 #include "infllm/backend/cuda/backward/attend_backward.h"
@@ -273,10 +274,16 @@ int run(int argc, char** argv) {
   backend.state = device.value();
   const std::string mode = argc > 1 ? argv[1] : "check";
   if (mode == "bench") {
+    std::vector<double> kept = {0.8, 0, -1};
     for (int i = 2; i < argc; ++i) {
+      const std::string word = argv[i];
+      if (word == "correlated") kept = {0.8};
+      if (word == "random") kept = {0};
+      if (word == "dense") kept = {-1};
       const int tokens = std::atoi(argv[i]);
-      for (const double keep : {0.8, 0.0}) bench(backend, tokens, keep);
-      if (tokens <= 32768) bench(backend, tokens, -1);
+      for (const double keep : kept) {
+        if (tokens > 0) bench(backend, tokens, keep);
+      }
     }
     return 0;
   }

@@ -283,19 +283,27 @@ __device__ __forceinline__ void compute_keys(KeyShared<C>& shared, const KeyGrad
     for (int k = 0; k < 4; ++k) {
       Sum::rs(sum, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], rows + k * kStepMnMajor, 1);
     }
-    wgmma_commit();
   };
+  // The warpgroups take turns at starting sums and the next product: side by side they would also
+  // make weights side by side, with nothing to multiply.
+  const auto wait_turn = [&] { named_barrier_sync(4 + group, 256); };
+  const auto pass_turn = [&] { named_barrier_arrive(5 - group, 256); };
+  if (group == 1) pass_turn();
   if (stages > 0) mbarrier_wait(&shared.blocks_full, 0);
-  int before = -1;  // the stage of the ring whose last product is under way
+  int before = -1;  // the stage of the ring whose sums are under way
   for (int stage = C::kListed ? group : 0; stage < stages; stage += kEvery) {
     const int slot = uniform(stage % C::kStages);
     mbarrier_wait(&shared.full[slot], stage / C::kStages & 1);
     wgmma_fence();
     multiply(p, k_desc, smem_desc_k_major(shared.q[slot]));
+    if (before >= 0) pass_turn();
+    // Sums of the stage before: their operands' registers are needed for the other product.
+    wgmma_wait<1>();
+    if (before >= 0 && leader) mbarrier_arrive(&shared.empty[before]);
+    wgmma_fence();
     multiply(grad_p, v_desc, smem_desc_k_major(shared.grad_o[slot]));
     wgmma_wait<1>();
     wgmma_pin(p);
-    if (before >= 0 && leader) mbarrier_arrive(&shared.empty[before]);
     const auto& rows = shared.rows[slot];
     if (rows.position[0] < block * kPageTokens + kPageTokens - 1) {
 #pragma unroll
@@ -311,12 +319,8 @@ __device__ __forceinline__ void compute_keys(KeyShared<C>& shared, const KeyGrad
       p[i + 1] = fast_exp2(fmaf(p[i + 1], a.c, -lse.y));
       p[i + 2] = fast_exp2(fmaf(p[i + 2], a.c, -lse.x));
       p[i + 3] = fast_exp2(fmaf(p[i + 3], a.c, -lse.y));
-      weights[i / 2] = pack2<T>(p[i], p[i + 1]);
-      weights[i / 2 + 1] = pack2<T>(p[i + 2], p[i + 3]);
     }
-    wgmma_fence();
-    add(grad_v, weights, smem_desc_mn_major(shared.grad_o[slot]));
-    wgmma_wait<1>();
+    wgmma_wait<0>();
     wgmma_pin(grad_p);
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
@@ -324,11 +328,18 @@ __device__ __forceinline__ void compute_keys(KeyShared<C>& shared, const KeyGrad
       grad_s[i / 2] = pack2<T>(p[i] * (grad_p[i] - delta.x), p[i + 1] * (grad_p[i + 1] - delta.y));
       grad_s[i / 2 + 1] =
           pack2<T>(p[i + 2] * (grad_p[i + 2] - delta.x), p[i + 3] * (grad_p[i + 3] - delta.y));
+      weights[i / 2] = pack2<T>(p[i], p[i + 1]);
+      weights[i / 2 + 1] = pack2<T>(p[i + 2], p[i + 3]);
     }
+    wait_turn();
     wgmma_fence();
+    add(grad_v, weights, smem_desc_mn_major(shared.grad_o[slot]));
     add(grad_k, grad_s, smem_desc_mn_major(shared.q[slot]));
+    wgmma_commit();
     before = slot;
+    __syncwarp();  // all lanes have read their statistics
   }
+  if (before >= 0) pass_turn();
   wgmma_wait<0>();
   wgmma_pin(grad_k);
   wgmma_pin(grad_v);
@@ -407,6 +418,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     setmaxnreg_inc<C::kComputeRegisters>();
     compute_keys<C>(shared, a, item, warp / 4 - 1);
   }
+  __syncthreads();  // nobody leaves while others meet at barriers
 }
 
 // Adds up the parts of a cut list. Block (x, y): 64 keys; y: dK, dV.

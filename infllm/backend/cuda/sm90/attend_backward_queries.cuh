@@ -7,8 +7,8 @@
 //     S = Q K^T   dP = dO V^T   dS = 2^(c S - LSE) (dP - Delta)   dQ += dS K
 //
 // Q and dO stay, K and V stream through the ring; K is needed to the end of a step, V until dP is
-// there. Warpgroups cover for each other's weights; in the dense pass, which has the registers for
-// it, a step's last product also runs beside the next step's first ones.
+// there. Three warpgroups cover for each other: a thread's 160 registers are too few for products
+// of two steps at once.
 #pragma once
 
 #include "infllm/backend/cuda/sm90/attend_backward_passes.h"
@@ -17,15 +17,14 @@
 
 namespace infllm::cuda::sm90 {
 
+// Tiles as in the sparse forward pass, for dense sequences too.
 template <typename T, int kHeadDim, bool kIsSparse, int kGroupSize>
-struct QueryGradientConfig : AttendConfig<T, kHeadDim, kIsSparse, kGroupSize> {
-  using Base = AttendConfig<T, kHeadDim, kIsSparse, kGroupSize>;
-  static constexpr int kBlocks = 1;
-  static constexpr int kStageBytes = Base::kTileBytes;
+struct QueryGradientConfig : AttendConfig<T, kHeadDim, true, kGroupSize> {
+  using Base = AttendConfig<T, kHeadDim, true, kGroupSize>;
+  static constexpr bool kSparse = kIsSparse;
   static constexpr int kFit = static_cast<int>(
-      (kSharedLimit - 2048 - 2 * Base::kGroups * Base::kTileBytes) / (2 * kStageBytes));
+      (kSharedLimit - 2048 - 2 * Base::kGroups * Base::kTileBytes) / (2 * Base::kStageBytes));
   static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr bool kOverlaps = !kIsSparse;  // steps of a warpgroup
 };
 
 struct QueryGradientArgs {
@@ -204,25 +203,10 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
     };
 
     mbarrier_wait(&shared.rows_full[group], n & 1);
-    queries.hold(shared.q[group]);
-    gradients.hold(shared.grad_o[group]);
-    if constexpr (C::kHoldQueries) {
-      __syncwarp();
-      if (leader) mbarrier_arrive(&shared.rows_empty[group]);
-    }
-    int before = -1;  // the stage of the ring whose last product is under way
-    const auto finish = [&] {
-      if (before < 0) return;
-      wgmma_wait<0>();
-      wgmma_pin(grad_q);
-      if (leader) mbarrier_arrive(&shared.ring.k_empty[before]);
-      before = -1;
-    };
     for (int entry = 0; entry < entries; ++entry, ring.advance()) {
       if (entry % 32 == 0) wishes.load(entry);
       const unsigned bit = 1u << entry % 32;
       if ((wishes.group & bit) == 0) {
-        finish();
         if (leader) {
           mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
           mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
@@ -244,23 +228,19 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
                                            kPanelBytes);
       wgmma_wait<1>();
       wgmma_pin(s);
-      if constexpr (C::kOverlaps) {
-        if (before >= 0 && leader) mbarrier_arrive(&shared.ring.k_empty[before]);
-      }
       const bool any = weigh_rows(bit);
       wgmma_wait<0>();
       wgmma_pin(grad_p);
       if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
       keep_gradients(any);
       add_keys(ring.stage);
-      before = ring.stage;
-      if constexpr (!C::kOverlaps) finish();
+      // Not under a condition: the compiler would make every product wait for the one before.
+      wgmma_wait<0>();
+      wgmma_pin(grad_q);
+      if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
     }
-    finish();
-    if constexpr (!C::kHoldQueries) {
-      __syncwarp();
-      if (leader) mbarrier_arrive(&shared.rows_empty[group]);
-    }
+    __syncwarp();
+    if (leader) mbarrier_arrive(&shared.rows_empty[group]);
     store_queries<C>(args, rows, grad_q);
     __syncwarp();
     if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
