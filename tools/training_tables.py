@@ -22,7 +22,7 @@ PAPER = {
     "paper: InfLLM-V2, read dense": (100, 100, 100, 94, 98, 98, 99, 98, 98.4, 52.8, 90),
 }
 ARMS = {
-    "short": "not continued", "dense": "(a) dense", "sparse": "(b) sparse",
+    "short": "(c) not continued", "dense": "(a) dense", "sparse": "(b) sparse",
     "aligned": "(d) sparse, selection taught",
 }
 LONG = 32768
@@ -94,23 +94,20 @@ def task_table(score):
 
 
 def retention_table(score):
-    """Sparse reading of (b) and (d) against dense reading of (a), the yardstick."""
+    """Every reading at every length; of (a) read dense, the yardstick, the sparse ones in percent."""
     rows = []
     for length in score.lengths():
         base = score("dense", "dense", length)
-        if not base:
-            continue
-        row = [kilo(length), one(base)]
+        row = [kilo(length)]
+        row += [one(score(arm, attention, length)) for arm in ARMS for attention in ("dense", "sparse")]
         for arm in ("dense", "sparse", "aligned"):
             value = score(arm, "sparse", length)
-            row += [one(value), "" if value is None else f"{100 * value / base:.1f} %"]
+            row.append(f"{100 * value / base:.1f} %" if value is not None and base else "")
         rows.append(row)
-    paper = [sum(PAPER[f"paper: {x}"]) for x in ("dense continued", "InfLLM-V2, read sparse")]
-    rows.append(["paper, 32K", one(paper[0] / 11), "", "", one(paper[1] / 11),
-                 f"{100 * paper[1] / paper[0]:.1f} %", "", ""])
-    rows.append(["with its two QA tasks", "84.3", "", "", "82.6", "98.1 %", "", ""])
-    return table(["tokens", "(a) read dense", "(a) read sparse", "of it", "(b) read sparse", "of it",
-                  "(d) read sparse", "of it"], rows)
+    letters = ("(c)", "(a)", "(b)", "(d)")
+    head = [f"{letter} read {a}" for letter in letters for a in ("dense", "sparse")]
+    return table(["tokens", *head, "(a) sparse / (a) dense", "(b) sparse / (a) dense",
+                  "(d) sparse / (a) dense"], rows)
 
 
 def budget_table(records, score):
@@ -179,8 +176,10 @@ def region(records):
     score, out = Scores(records), []
     if score.lengths():
         out += ["### Tasks at 32K, % of the answers' items\n", task_table(score),
-                "### Sparse reading against dense long training, mean of the tasks\n",
-                retention_table(score)]
+                "### Mean of the tasks at every length\n",
+                retention_table(score),
+                "The paper's (b) sparse / (a) dense at 32K: 98.1 % over RULER's thirteen tasks, 97.0 % "
+                "over these eleven.\n"]
         few = budget_table(records, score)
         out += ["### Fewer blocks than trained with\n", few] if few else []
     if "adapt.perplexity" in names:
