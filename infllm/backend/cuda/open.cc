@@ -17,6 +17,7 @@
 #include "infllm/backend/cuda/sm80/score.h"
 #include "infllm/backend/cuda/sm80/select.h"
 #include "infllm/backend/cuda/sm90/attend.h"
+#include "infllm/backend/cuda/sm90/attend_backward.h"
 #include "infllm/backend/cuda/sm90/linear.h"
 #include "infllm/backend/cuda/sm90/score_select.h"
 
@@ -49,6 +50,17 @@ Status hopper_attend(const Backend& backend, const AttendParams& p, Workspace wo
 std::size_t hopper_attend_bytes(const Backend& backend, const AttendParams& p) {
   if (decode::attends(backend, p)) return decode::attend_bytes(backend, p);
   return sm90::attends(p) ? sm90::attend_bytes(backend, p) : sm80::attend_bytes(backend, p);
+}
+
+Status hopper_attend_backward(const Backend& backend, const AttendBackwardParams& p,
+                              Workspace workspace) {
+  return sm90::attends_backward(p) ? sm90::attend_backward(backend, p, workspace)
+                                   : backward::attend_backward(backend, p, workspace);
+}
+
+std::size_t hopper_attend_backward_bytes(const Backend& backend, const AttendBackwardParams& p) {
+  return sm90::attends_backward(p) ? sm90::attend_backward_bytes(backend, p)
+                                   : backward::attend_backward_bytes(backend, p);
 }
 
 Status hopper_score_select(const Backend& backend, const ScoreSelectParams& p,
@@ -122,6 +134,7 @@ Kernels hopper() {
   table.name = kType == DType::kF16 ? "sm90:f16" : "sm90";
   table.score_select = {&hopper_score_select, &hopper_score_select_bytes, &hopper_score_selects};
   table.attend = {&hopper_attend, &hopper_attend_bytes};
+  table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
   table.linear = {&hopper_linear, &hopper_linear_bytes};
   return table;
 }
