@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face transformers: ``attn_implementation="infllm"``.
+
+    import infllm.integrations.hf as hf
+    hf.register()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="infllm")
+    hf.set_sparse_config(model, infllm.SparseConfig())    # without it: the config.json's, or dense
+
+Any model whose attention goes through transformers' AttentionInterface, causal and without sliding
+windows. Padding masks are followed, which waits for the device; packed batches (cu_seq_lens_q and
+the like) are not waited for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infllm.attention import attention
+from infllm.config import SparseConfig
+
+NAME = "infllm"
+_ATTRIBUTE = "_infllm_sparse_config"
+
+
+def register(name: str = NAME) -> None:
+    """Makes ``attn_implementation=name`` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register(name, attention_forward)
+    # Nothing, or the [B, S] mask of padding: never one of [S, S].
+    AttentionMaskInterface.register(name, flash_attention_mask)
+
+
+def set_sparse_config(model: nn.Module, config: SparseConfig | None) -> None:
+    """What the model's layers attend with; None: densely."""
+    model.config.__dict__[_ATTRIBUTE] = config
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.__dict__[_ATTRIBUTE] = config
+
+
+def sparse_config_of(module: nn.Module) -> SparseConfig | None:
+    """The config that was set, or that of config.json (``sparse_config``), or None."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return None
+    if _ATTRIBUTE in config.__dict__:
+        return config.__dict__[_ATTRIBUTE]
+    values = getattr(config, "sparse_config", None)
+    return SparseConfig.from_dict(values) if isinstance(values, dict) else values
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D].
+
+    Returns [B, Sq, Hq, D] and None: there are no weights to show.
+    """
+    for name, given, expected in (("dropout", dropout, 0.0),
+                                  ("is_causal", _is_causal(module, kwargs), True),
+                                  ("sliding_window", kwargs.get("sliding_window"), None),
+                                  ("softcap", kwargs.get("softcap"), None)):
+        if given != expected:
+            raise NotImplementedError(f"{name} = {given}, expected {expected}: this attention does "
+                                      "not do the other")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    options = {"sparse_config": sparse_config_of(module), "softmax_scale": scaling}
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is not None:
+        out = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts,
+                        kwargs["cu_seq_lens_k"], kwargs["max_length_q"], kwargs["max_length_k"],
+                        **options)
+        return out.view(q.shape), None
+    if attention_mask is None:
+        return attention(q, k, v, **options), None
+    if attention_mask.dim() != 2:
+        raise NotImplementedError(f"attention_mask: {list(attention_mask.shape)}, expected the "
+                                  "padding mask [B, S] or none")
+    return _padded(q, k, v, attention_mask.bool(), options), None
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    told = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+    """Takes padding out, attends, and leaves zeros in its place."""
+    keys = mask[:, :k.shape[1]]
+    queries = keys[:, keys.shape[1] - q.shape[1]:]
+    starts = [torch.nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+              for m in (queries, keys)]
+    packed = attention(q[queries], k[keys], v[keys], *starts, q.shape[1], k.shape[1], **options)
+    out = q.new_zeros(q.shape)
+    out[queries] = packed
+    return out
