@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of docs/training.md from made-up records."""
+
+import json
+import pathlib
+import tempfile
+import unittest
+
+import training_tables
+
+
+def task(arm, attention, name, correct, blocks=96):
+    return {"name": "adapt.task", "model": "h200", "arm": arm, "seed": 1, "device": "x",
+            "date": "2026-01-01", "blocks": blocks, "task": name, "length": 32768,
+            "attention": attention, "correct": correct, "total": 10}
+
+
+def all_tasks(arm, attention, correct, blocks=96):
+    return [task(arm, attention, name, correct, blocks) for name in training_tables.TASKS]
+
+
+class TrainingTablesTest(unittest.TestCase):
+    def test_ratio_is_that_of_the_means(self):
+        records = all_tasks("dense", "dense", 8) + all_tasks("sparse", "sparse", 6)
+        text = training_tables.region(records)
+        self.assertIn("| 32K |  |  | 80.0 |  |  | 60.0 |  |  |  | 75.0 % |  |", text)
+
+    def test_fewer_blocks_stand_apart(self):
+        records = all_tasks("aligned", "dense", 8) + all_tasks("aligned", "sparse", 4, blocks=40)
+        text = training_tables.region(records)
+        self.assertIn("| (d) sparse, selection taught | 40 | 7.8 % | 40.0 | 50.0 % |", text)
+        self.assertNotIn("| (d) sparse, selection taught | sparse |", text)
+
+    def test_an_unfinished_reading_has_no_mean(self):
+        records = all_tasks("dense", "dense", 8)[:-1]
+        self.assertIsNone(training_tables.Scores(records)("dense", "dense", 32768))
+
+    def test_the_last_of_equal_records_counts(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "a.jsonl"
+            old, new = task("dense", "dense", "common", 1), task("dense", "dense", "common", 2)
+            path.write_text(json.dumps(old) + "\n" + json.dumps(new) + "\n", encoding="utf-8")
+            self.assertEqual([new], training_tables.load(pathlib.Path(folder)))
+
+    def test_a_page_without_its_marks_is_refused(self):
+        with tempfile.TemporaryDirectory() as folder:
+            root = pathlib.Path(folder)
+            self.assertEqual({}, training_tables.rendered(root))
+            (root / "docs").mkdir()
+            (root / "docs/training.md").write_text("# Training\n", encoding="utf-8")
+            with self.assertRaises(ValueError):
+                training_tables.rendered(root)
+
+
+if __name__ == "__main__":
+    unittest.main()
