@@ -8,12 +8,13 @@ CMAKE_FLAGS ?=
 FUZZ_SECONDS ?= 60
 CTEST_FLAGS ?=
 TARGETS ?= all
+PYTHON ?= ON
 RELEASE := build/release
 # What ninja prints in front of each line: done/all, percent, seconds.
 export NINJA_STATUS = [%f/%t %p %es] 
-SOURCES = $(shell find infllm tests bench fuzz examples -name '*.h' -o -name '*.cc' -o -name '*.cu*')
+SOURCES = $(shell find infllm tests bench fuzz examples python -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 
-.PHONY: help build demo test cuda gpu-test gpu-sanitize bench gpu-bench fuzz asan tsan lint format-check format tidy \
+.PHONY: help build demo test python cuda gpu-test gpu-sanitize bench gpu-bench fuzz asan tsan lint format-check format tidy \
   render render-cli check-render clean
 
 help:  ## this list
@@ -28,11 +29,21 @@ demo: ALSO = demo
 demo: build  ## ask for a fact in a 32K document, dense and sparse
 	python3 tools/demo.py --binary $(RELEASE)/infllm
 
-test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, include arrows
-	tools/install_deps.sh build test
-	cmake --preset release -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
+# PyTorch and what builds the package go into .venv; PYTHON=OFF does without them.
+PYTHON_FLAGS_ON = -DINFLLM_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python
+PYTHON_FLAGS = $(or $(PYTHON_FLAGS_$(PYTHON)),-DINFLLM_PYTHON=OFF)
+PYTHON_GROUP = $(if $(filter ON,$(PYTHON)),python)
+
+test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, the package (PYTHON=OFF: not)
+	tools/install_deps.sh build test $(PYTHON_GROUP)
+	cmake --preset release -DINFLLM_DEVELOPER=ON $(PYTHON_FLAGS) $(CMAKE_FLAGS)
 	cmake --build --preset release --parallel $(JOBS)
 	ctest --preset release --parallel $(JOBS) $(CTEST_FLAGS)
+
+python:  ## the Python package in build/release/python, for work on it; users: pip install .
+	tools/install_deps.sh build python
+	cmake --preset release -DINFLLM_DEVELOPER=OFF $(PYTHON_FLAGS_ON) $(CMAKE_FLAGS)
+	cmake --build --preset release --parallel $(JOBS) --target infllm_python
 
 cuda:  ## the program with the CUDA columns: build/cuda/infllm; installs nvcc if there is none
 	tools/install_deps.sh build

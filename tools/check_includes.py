@@ -47,6 +47,7 @@ ARROWS = {
     "infllm/app": ["infllm"],
     "tests": ["infllm", "tests"],
     "bench": ["infllm", "bench"],
+    "python": ["infllm/backend", "infllm/ops", "infllm/core", "python"],
     "fuzz": ["infllm/engine", "infllm/model", "infllm/core", "fuzz"],
 }
 
@@ -55,7 +56,8 @@ OUTSIDE = {
     "nlohmann/json_fwd.hpp": ["infllm", "tests", "bench", "fuzz"],
     "nlohmann/": ["infllm/core", "infllm/model", "infllm/engine", "infllm/app", "tests", "bench",
                   "fuzz"],
-    "fmt/": ["infllm", "tests", "bench", "fuzz"],
+    "fmt/": ["infllm", "tests", "bench", "fuzz", "python"],
+    "nanobind/": ["python"],
     "CLI/": ["infllm/app", "bench"],
     "boost/": ["infllm/app"],
     "hwy/": ["infllm/backend/cpu"],

@@ -99,5 +99,12 @@ fi
 
 if [[ ${#pip_packages[@]} -gt 0 ]]; then
   [[ -x .venv/bin/python ]] || python3 -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pip_packages[@]}"
+  # Looking takes a second; only a real installation is worth a line (PyTorch has 3 GB).
+  if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-index \
+    "${pip_packages[@]}" 2>/dev/null; then
+    printf 'Installing into .venv: %s\n' "${pip_packages[*]}"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pip_packages[@]}" ||
+      fail "pip could not install ${pip_packages[*]}; is this machine online?" \
+        "\`make test PYTHON=OFF\` does without PyTorch"
+  fi
 fi

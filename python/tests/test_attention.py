@@ -200,7 +200,10 @@ def test_the_switch_can_be_told(place: Place) -> None:
     sparse = infllm.attention(q, k, v, **where, sparse_config=case.config)
     told = infllm.attention(q, k, v, **where, sparse_config=case.config, sparse=torch.tensor(
         [True, False], device=device))
-    assert torch.equal(told[:300], sparse[:300]) and torch.equal(told[300:], dense[300:])
+    assert torch.equal(told[:300], sparse[:300])
+    # A GPU takes a dense sequence among sparse ones through the kernel of the sparse ones.
+    room = 4 * torch.finfo(dtype).eps * largest(dense) if device == "cuda" else 0
+    assert largest(told[300:] - dense[300:]) <= room
     assert torch.equal(dense, infllm.attention(q, k, v, **where, sparse_config=case.config,
                                                sparse=False))
     assert not torch.equal(dense, sparse)
