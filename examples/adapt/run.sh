@@ -8,7 +8,7 @@
 #
 # needs .train/adapt/text and .train/adapt/tokenizer (text.py, tokenizer.py) and `import infllm`.
 # OUT gets results.jsonl, the logs, and one folder a run with its checkpoint and state. Started again,
-# it goes on: a run that has its run.jsonl is done. ADAPT_UNTIL=pretrain stops after that;
+# it goes on: a run that has its run.jsonl is done. ADAPT_UNTIL=short stops before the arms;
 # ADAPT_STRETCH multiplies the configuration's steps.
 set -u
 OUT=$1 TOTAL=$2
@@ -26,18 +26,18 @@ say() { echo "== $(( $(date +%s) - START )) s: $*"; }
 # Thousandths at which pretraining ends, the last arm ends, and evaluations stop.
 WAVES=$(( (${#ARMS[@]} + GPUS - 1) / GPUS ))
 SHORT=350 LAST=800 STOP=960
-[ "${ADAPT_UNTIL:-}" = pretrain ] && SHORT=960
+[ "${ADAPT_UNTIL:-}" = short ] && SHORT=740
 
 if [ ! -e .train/adapt/data/words.txt ]; then
   python3 "$HERE/documents.py" --processes "$(nproc)" || exit 1
 fi
-if [ ! -e "$OUT/short/run.jsonl" ]; then
-  say "pretraining on $GPUS GPUs"
-  torchrun --nproc-per-node "$GPUS" "$HERE/train.py" --config "$CONFIG" --phase pretrain --out "$OUT/short" \
+for processes in "$GPUS" 1; do  # one, should several not work together
+  [ -e "$OUT/short/run.jsonl" ] && break
+  say "pretraining on $processes GPUs"
+  torchrun --nproc-per-node "$processes" "$HERE/train.py" --config "$CONFIG" --phase pretrain --out "$OUT/short" \
     --workers $WORKERS --stretch "${ADAPT_STRETCH:-1}" --deadline "$(at $SHORT)" >> "$OUT/short.log" 2>&1
   tail -n 1 "$OUT/short.log"
-fi
-[ "${ADAPT_UNTIL:-}" = pretrain ] && exit
+done
 
 # A pipe holds the free GPUs.
 rm -f "$OUT/free"; mkfifo "$OUT/free"; exec 3<> "$OUT/free"
@@ -50,17 +50,30 @@ on_free_gpu() {  # runs its arguments with a GPU of their own
 continued() {  # arm, Unix time of its end
   python3 "$HERE/train.py" --config "$CONFIG" --phase adapt --arm "$1" --init "$OUT/short/model" \
     --out "$OUT/$1" --workers $WORKERS --stretch "${ADAPT_STRETCH:-1}" --deadline "$2" >> "$OUT/$1.log" 2>&1
+  [ -e "$OUT/$1/run.jsonl" ] || touch "$OUT/$1.failed"
 }
 evaluated() {  # run, name of the log, more options
-  until [ -e "$OUT/$1/run.jsonl" ] || (( $(left $STOP) < 0 )); do sleep 1; done
+  grep -qs "evaluated in" "$OUT/$2.eval.log" && return
+  until [ -e "$OUT/$1/run.jsonl" ]; do
+    [ -e "$OUT/$1.failed" ] || (( $(left $STOP) < 0 )) && return
+    sleep 1
+  done
   timeout -k 5 "$(left 985)" python3 "$HERE/evaluate.py" --config "$CONFIG" --model "$OUT/$1/model" --arm "$1" \
     --workers $WORKERS --deadline "$(at $STOP)" --out "$OUT/results.jsonl" "${@:3}" > "$OUT/$2.eval.log" 2>&1
 }
 step_timed() {
+  [ -e "$OUT/step.log" ] && return
   timeout -k 5 60 python3 "$HERE/bench_step.py" --config "$CONFIG" --lengths 4096 32768 --out "$OUT/results.jsonl" \
     > "$OUT/step.log" 2>&1
 }
 
+if [ "${ADAPT_UNTIL:-}" = short ]; then
+  on_free_gpu evaluated short short
+  on_free_gpu step_timed
+  wait
+  cat "$OUT/short.eval.log" "$OUT/step.log"
+  exit
+fi
 say arms
 now=$(( $(date +%s) - START )) wave=0
 for i in "${!ARMS[@]}"; do
