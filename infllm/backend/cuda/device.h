@@ -38,7 +38,8 @@ struct Device {
   bool owns_stream = true;     // false: on_stream() made this
   std::shared_ptr<Blas> blas;  // never null
   // Zeros, between kernels: what thread blocks of one kernel count each other by (sm90/stream.h).
-  // Null on a stream of the caller's, where such kernels might meet.
+  // Null on a stream of the caller's and for a second backend of a device: two such kernels, each
+  // with a part of its blocks on the device, would wait for ever.
   std::uint32_t* arrivals = nullptr;
 };
 

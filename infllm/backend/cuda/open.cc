@@ -136,6 +136,7 @@ Kernels hopper() {
   table.attend = {&hopper_attend, &hopper_attend_bytes};
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
   table.linear = {&hopper_linear, &hopper_linear_bytes};
+  table.interlude = {&sm90::interlude, nullptr, &sm90::interludes};
   return table;
 }
 
