@@ -20,6 +20,7 @@
 #include "infllm/ops/compress.h"
 #include "infllm/ops/kernels.h"
 #include "infllm/ops/score_select.h"
+#include "infllm/ops/select_attend.h"
 
 namespace infllm {
 namespace {
@@ -95,6 +96,10 @@ Status attention(const Backend& backend, const AttentionParams& p, std::span<std
     s.choose.select.selection = arena.take<std::int32_t>(selection_size(s.choose.select));
     s.attend.selection = s.choose.select.selection;
     s.attend.columns = s.choose.select.columns();
+    const SelectAttendParams together{s.choose, s.attend};
+    if (p.times == nullptr && has_select_attend(backend, together)) {
+      return select_attend(backend, together, arena.rest());
+    }
     if (has_score_select(backend, s.choose)) {
       INFLLM_TRY(timed(backend, p.times, &StepTimes::score,
                        [&] { return score_select(backend, s.choose, arena.rest()); }));
@@ -123,8 +128,13 @@ std::size_t attention_workspace_bytes(const Backend& backend, const AttentionPar
     static constexpr std::int32_t kSomeSelection = 0;
     s.attend.selection = &kSomeSelection;
     s.attend.columns = s.choose.select.columns();
+    const SelectAttendParams together{s.choose, s.attend};
+    if (has_select_attend(backend, together)) {
+      choosing.add(select_attend_workspace_bytes(backend, together));
+    }
   }
-  // Choosing and attending use the same memory behind the selection, one after the other.
+  // Choosing and attending, or both at once, use the same memory behind the selection, one after
+  // the other.
   size.add(std::max(choosing.bytes(), attend_workspace_bytes(backend, s.attend)));
   return size.bytes();
 }

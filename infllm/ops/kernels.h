@@ -20,6 +20,7 @@
 #include "infllm/ops/sampling.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/score_select.h"
+#include "infllm/ops/select_attend.h"
 #include "infllm/ops/select.h"
 #include "infllm/ops/transformer.h"
 
@@ -63,6 +64,7 @@ struct Kernels {
   Cell<SelectParams> select;
   Cell<ScoreSelectParams> score_select;  // null: score, then select
   Cell<AttendParams> attend;
+  Cell<SelectAttendParams> select_attend;  // null: one after the other
   Cell<AttendBackwardParams> attend_backward;
   Cell<AlignParams> align;
   Cell<AlignBackwardParams> align_backward;

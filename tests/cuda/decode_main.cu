@@ -14,6 +14,7 @@
 
 #include "infllm/backend/cuda/decode/attend.h"
 #include "infllm/backend/cuda/decode/score_select.h"
+#include "infllm/backend/cuda/decode/select_attend.h"
 #include "tests/cuda/decode_case.cuh"
 #include "tests/cuda/decode_reference.cuh"
 
@@ -22,13 +23,35 @@ namespace {
 
 using cuda::Device;
 
+enum class Way { kPhases, kClusters, kFused };  // fused: score_select and attend in one launch
+std::string_view name_of(Way way) {
+  return way == Way::kPhases ? "phases  " : way == Way::kClusters ? "clusters" : "fused   ";
+}
+
 // Both rows of one step.
 struct Steps {
-  explicit Steps(bool in_clusters) : clusters(in_clusters) {}
+  explicit Steps(Way one) : way(one), clusters(one == Way::kClusters) {}
 
+  static SelectAttendParams both(const Case& c, int layer) {
+    return {c.score_select(layer), c.attend(layer, false)};
+  }
+  bool covers(const Backend& backend, const Case& c) const {
+    return way != Way::kFused ||
+           (!c.shape.dense && cuda::decode::select_attends(backend, both(c, 0)));
+  }
   std::size_t bytes(const Backend& backend, const Case& c) const {
+    if (way == Way::kFused) return 256;
     return cuda::decode::score_select_bytes(backend, c.score_select(0)) +
            cuda::decode::attend_bytes(backend, c.attend(0, false)) + 256;
+  }
+  void run(const Backend& backend, const Case& c, int layer, bool early,
+           std::span<std::byte> work) const {
+    if (way == Way::kFused) {
+      must(cuda::decode::select_attend(backend, both(c, layer), work));
+      return;
+    }
+    score(backend, c, layer, work);
+    attend(backend, c, layer, early, work);
   }
   void score(const Backend& backend, const Case& c, int layer, std::span<std::byte> work) const {
     if (c.shape.dense) return;
@@ -41,6 +64,7 @@ struct Steps {
                   : cuda::decode::attend_in_splits(backend, c.attend(layer, early), work));
   }
 
+  Way way;
   bool clusters;
 };
 
@@ -81,14 +105,15 @@ bool check(const Backend& backend, const Shape& shape) {
   const Reference reference(c);
   const cudaStream_t stream = cuda::device_of(backend).stream;
   bool good = true;
-  for (const auto& [clusters, early] : {std::tuple{true, true}, {true, false}, {false, true}}) {
-    const Steps steps(clusters);
+  for (const auto& [way, early] : {std::tuple{Way::kClusters, true},
+                                   {Way::kClusters, false},
+                                   {Way::kPhases, true},
+                                   {Way::kFused, false}}) {
+    const Steps steps(way);
+    if (!steps.covers(backend, c)) continue;
     Array<std::byte> memory(steps.bytes(backend, c));
     const std::span<std::byte> work(memory.get(), memory.size());
-    const auto run = [&, early = early] {
-      steps.score(backend, c, 0, work);
-      steps.attend(backend, c, 0, early, work);
-    };
+    const auto run = [&, early = early] { steps.run(backend, c, 0, early, work); };
     const auto fresh = [&](const std::function<void()>& body) {
       c.o.poison();
       c.lse.poison();
@@ -102,6 +127,11 @@ bool check(const Backend& backend, const Shape& shape) {
     const Outputs eager = fresh(run);
     const Verdict v = reference.judge();
     bool same = fresh(run).same(eager);
+    same &= fresh([&] {
+              must(cudaMemset(memory.get(), 0, memory.size()));  // looks like good news
+              must(cudaDeviceSynchronize());
+              run();
+            }).same(eager);
     const Graph graph(backend, run);
     same &= fresh([&] { graph.replay(); }).same(eager);
     same &= fresh([&] {
@@ -112,10 +142,9 @@ bool check(const Backend& backend, const Shape& shape) {
     good &= ok;
     std::printf(
         "%s %-28s %s%s rows %3d wrong %d (other ties %d) o wrong %d (%.2f) lse wrong %d%s%s%s\n",
-        ok ? "ok  " : "FAIL", shape.name.c_str(), clusters ? "clusters" : "phases  ",
-        early ? " early" : "      ", v.selection_rows, v.selection_wrong, v.selection_differs,
-        v.outputs_wrong, v.worst, v.lse_wrong, same ? "" : " NOT REPEATABLE",
-        v.first.empty() ? "" : ": ", v.first.c_str());
+        ok ? "ok  " : "FAIL", shape.name.c_str(), name_of(way).data(), early ? " early" : "      ",
+        v.selection_rows, v.selection_wrong, v.selection_differs, v.outputs_wrong, v.worst,
+        v.lse_wrong, same ? "" : " NOT REPEATABLE", v.first.empty() ? "" : ": ", v.first.c_str());
     std::fflush(stdout);
   }
   return good;
@@ -244,12 +273,13 @@ double time(const Backend& backend, const Case& c, const std::function<void(int)
   return 1000.0 * samples[samples.size() / 2] / 32;
 }
 
-void report(const Backend& backend, int batch, int context, bool dense, bool clusters) {
+void report(const Backend& backend, int batch, int context, bool dense, Way way) {
   const double cache = 1062.5 * context * batch;  // of a layer
   Shape s{.lengths = std::vector<std::int32_t>(batch, context), .dense = dense};
   s.layers = std::clamp(static_cast<int>(30e9 / cache), 2, 32);
   const Case c(s);
-  const Steps steps(clusters);
+  const Steps steps(way);
+  if (!steps.covers(backend, c)) return;
   Array<std::byte> memory(steps.bytes(backend, c));
   const std::span<std::byte> work(memory.get(), memory.size());
   const auto score = [&](int i) { steps.score(backend, c, i, work); };
@@ -260,8 +290,8 @@ void report(const Backend& backend, int batch, int context, bool dense, bool clu
                 100 * bytes / us * 1e-6 / 4.3);
   };
   std::printf("batch %3d x %4dK %s %s", batch, context / 1024, dense ? "dense " : "sparse",
-              clusters ? "clusters" : "phases  ");
-  if (!dense) {
+              name_of(way).data());
+  if (!dense && way != Way::kFused) {
     line("score_select", time(backend, c, score), pooled);
     line("attend", time(backend, c, [&](int i) { steps.attend(backend, c, i, false, work); }),
          keys);
@@ -273,12 +303,7 @@ void report(const Backend& backend, int batch, int context, bool dense, bool clu
               }),
          pooled + keys);
   }
-  line("layer",
-       time(backend, c,
-            [&](int i) {
-              score(i);
-              steps.attend(backend, c, i, !dense, work);
-            }),
+  line("layer", time(backend, c, [&](int i) { steps.run(backend, c, i, !dense, work); }),
        pooled + keys);
   std::printf("\n");
   std::fflush(stdout);
@@ -293,7 +318,9 @@ int run(const std::vector<std::string>& words) {
   if (what == "time" && words.size() > 1) {
     for (std::size_t i = 1; i + 1 < words.size(); i += 2) {
       report(backend, std::stoi(words[i]), 1024 * std::stoi(words[i + 1]),
-             words[i + 1].ends_with("dense"), true);
+             words[i + 1].ends_with("dense"), Way::kClusters);
+      report(backend, std::stoi(words[i]), 1024 * std::stoi(words[i + 1]),
+             words[i + 1].ends_with("dense"), Way::kFused);
     }
     return 0;
   }
@@ -309,15 +336,16 @@ int run(const std::vector<std::string>& words) {
                                          {64, 32},
                                          {64, 128},
                                          {256, 16}}) {
-      report(backend, batch, 1024 * context, false, true);
+      report(backend, batch, 1024 * context, false, Way::kClusters);
+      report(backend, batch, 1024 * context, false, Way::kFused);
     }
-    report(backend, 1, 131072, false, false);
-    report(backend, 16, 131072, false, false);
+    report(backend, 1, 131072, false, Way::kPhases);
+    report(backend, 16, 131072, false, Way::kPhases);
     for (const auto& [batch, context] :
          {std::tuple{1, 8}, {1, 32}, {1, 128}, {16, 8}, {16, 32}, {16, 128}, {64, 8}, {64, 32}}) {
-      report(backend, batch, 1024 * context, true, true);
+      report(backend, batch, 1024 * context, true, Way::kClusters);
     }
-    report(backend, 16, 32768, true, false);
+    report(backend, 16, 32768, true, Way::kPhases);
     return 0;
   }
   bool good = true;

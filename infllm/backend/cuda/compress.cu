@@ -32,6 +32,9 @@ __device__ Range new_windows(int from, int length, int tokens, int stride) {
   return {first, end};
 }
 
+// Lengths and page tables are looked at before the kernel in front has ended, so they must come
+// from copies, as a plan's do, and not from that kernel.
+//
 // blockIdx: tile of pages (counted from the first page that changes), head, sequence.
 // threadIdx: 16 bytes of a row, group.
 template <typename T, int kDim>
@@ -40,7 +43,6 @@ __global__ void __launch_bounds__(kTileGroups* kDim / kVector)
   constexpr int kUnits = kDim / kVector;
   __shared__ float sums[kTileGroups][kDim];
   start_next();
-  wait_for_previous();
   const Sequence sequence(batch, blockIdx.z);
   const int head = blockIdx.y;
   const int from = from_length != nullptr ? from_length[blockIdx.z] : sequence.first_position();
@@ -48,28 +50,35 @@ __global__ void __launch_bounds__(kTileGroups* kDim / kVector)
   const Range coarse = new_windows(from, sequence.length, kCoarseTokens, kCoarseStride);
   const bool any_fine = fine.first < fine.end;
   const bool any_coarse = coarse.first < coarse.end;
-  if (!any_fine && !any_coarse) return;
   int first_page = any_fine ? fine.first / kFineRows : coarse.first / kCoarseRows;
   if (any_coarse) first_page = min(first_page, coarse.first / kCoarseRows);
   first_page += static_cast<int>(blockIdx.x) * kTilePages;
-  if (first_page >= sequence.blocks()) return;
+  if ((!any_fine && !any_coarse) || first_page >= sequence.blocks()) {
+    wait_for_previous();  // the kernel behind takes our end for that of all in front
+    return;
+  }
 
   const int unit = static_cast<int>(threadIdx.x) % kUnits;
   const int group = static_cast<int>(threadIdx.x) / kUnits;  // within the tile
   const int first_token = first_page * kPageTokens + group * kFineStride;
+  const int page_index = group / kPageGroups;
+  const int page = sequence.page(first_page + page_index, pool.num_pages);
+  const T* rows = nullptr;
+  if (first_token + kFineStride <= sequence.length && page >= 0) {
+    rows = pool.plane<const T>(page, pool.map.pooled_key(head)) +
+           group % kPageGroups * kFineStride * kDim;
+    if (unit == 0) prefetch(rows, kFineStride * kDim * static_cast<int>(sizeof(T)));
+  }
+  wait_for_previous();
+
   float sum[kVector] = {};
-  if (first_token + kFineStride <= sequence.length) {
-    const int page = sequence.page(first_page + group / kPageGroups, pool.num_pages);
-    if (page >= 0) {
-      const T* rows = pool.plane<const T>(page, pool.map.pooled_key(head)) +
-                      group % kPageGroups * kFineStride * kDim + unit * kVector;
+  if (rows != nullptr) {
 #pragma unroll
-      for (int row = 0; row < kFineStride; ++row) {
-        float x[kVector];
-        load(rows + row * kDim, x);
+    for (int row = 0; row < kFineStride; ++row) {
+      float x[kVector];
+      load(rows + row * kDim + unit * kVector, x);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) sum[i] += x[i];
-      }
+      for (int i = 0; i < kVector; ++i) sum[i] += x[i];
     }
   }
 #pragma unroll
@@ -77,10 +86,7 @@ __global__ void __launch_bounds__(kTileGroups* kDim / kVector)
   __syncthreads();
 
   // The windows that begin with this thread's group, if it has a page of this tile.
-  const int page_index = group / kPageGroups;
-  if (page_index >= kTilePages) return;
-  const int page = sequence.page(first_page + page_index, pool.num_pages);
-  if (page < 0) return;
+  if (page_index >= kTilePages || page < 0) return;
   const auto write = [&](int groups, T* row) {
     float mean[kVector] = {};
     for (int g = 0; g < groups; ++g) {

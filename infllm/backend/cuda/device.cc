@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "infllm/backend/cuda/blas.h"
+#include "infllm/backend/cuda/decode/select_attend.h"
 #include "infllm/backend/cuda/open.h"
 
 namespace infllm::cuda {
@@ -32,6 +33,7 @@ Device::~Device() {
   cudaStreamDestroy(stream);
   if (arrivals != nullptr) devices_with_counters &= ~bit_of(ordinal);
   cudaFree(arrivals);
+  cudaFree(exchange);
 }
 
 Status to_status(std::string_view step, cudaError_t error) {
@@ -103,6 +105,11 @@ Result<std::shared_ptr<Device>> open_device(int ordinal) {
     INFLLM_TRY(
         to_status("cuda", cudaMalloc(reinterpret_cast<void**>(&device->arrivals), kArrivalBytes)));
     INFLLM_TRY(to_status("cuda", cudaMemset(device->arrivals, 0, kArrivalBytes)));
+  }
+  if (device->capability >= 90) {
+    const std::size_t bytes = sizeof(std::uint32_t) * decode::exchange_words(device->sm_count);
+    INFLLM_TRY(to_status("cuda", cudaMalloc(reinterpret_cast<void**>(&device->exchange), bytes)));
+    INFLLM_TRY(to_status("cuda", cudaMemset(device->exchange, 0xff, bytes)));
   }
   INFLLM_TRY(to_status("cuda", cudaDeviceSynchronize()));
   return device;

@@ -41,6 +41,9 @@ struct Device {
   // Null on a stream of the caller's and for a second backend of a device: two such kernels, each
   // with a part of its blocks on the device, would wait for ever.
   std::uint32_t* arrivals = nullptr;
+  // The same, but all ones: words that thread blocks of one kernel hand each other
+  // (decode/exchange.cuh, decode::exchange_words() of them). Null before 9.0 too.
+  std::uint32_t* exchange = nullptr;
 };
 
 // kUnsupported says what is missing: the driver, a device of that number, its capability.

@@ -37,6 +37,14 @@ __device__ __forceinline__ void start_next() {
 #endif
 }
 
+// Asks for memory to be brought into L2: harmless whatever is there, even if it is written later.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address,
+                                         [[maybe_unused]] int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
+#endif
+}
+
 template <typename... Expected, typename... Given>
 Status launch(const Device& device, std::string_view step, void (*kernel)(Expected...), dim3 grid,
               dim3 block, std::size_t shared_bytes, const Given&... arguments) {

@@ -10,6 +10,7 @@
 #include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/decode/attend.h"
 #include "infllm/backend/cuda/decode/score_select.h"
+#include "infllm/backend/cuda/decode/select_attend.h"
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/memory.h"
 #include "infllm/backend/cuda/rows.h"
@@ -134,6 +135,7 @@ Kernels hopper() {
   table.name = kType == DType::kF16 ? "sm90:f16" : "sm90";
   table.score_select = {&hopper_score_select, &hopper_score_select_bytes, &hopper_score_selects};
   table.attend = {&hopper_attend, &hopper_attend_bytes};
+  table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
   table.linear = {&hopper_linear, &hopper_linear_bytes};
   table.interlude = {&sm90::interlude, nullptr, &sm90::interludes};

@@ -3,6 +3,7 @@
 
 #include "infllm/backend/cuda/decode/attend.h"
 #include "infllm/backend/cuda/decode/attend_warp.cuh"
+#include "infllm/backend/cuda/decode/merge.cuh"
 #include "infllm/backend/cuda/decode/row.cuh"
 #include "infllm/backend/cuda/decode/score_select.h"
 #include "infllm/backend/cuda/numbers.cuh"
@@ -46,17 +47,14 @@ struct Shared {
   static constexpr int kWarps = kTeams * kTeamWarps;
   static constexpr int kStages =
       kTeamRingBytes / (kTeamWarps * 2 * kSliceTokens * kDim * static_cast<int>(sizeof(T)));
-  static constexpr int kPadded = kDim + 8;  // eight rows of a quad's pairs in different banks
   using Ring = KvRing<T, kDim, kStages>;
 
   struct Merge {
-    float warp_o[kWarps][kRowHeads][kPadded];
-    float warp_top[kWarps][kRowHeads];
-    float warp_sum[kWarps][kRowHeads];
+    WarpResults<kDim, kWarps> warps;
     float weight[kLargestCluster][kRowHeads];  // of the results of the cluster's blocks
     float lse[kRowHeads];
     // Read by the other blocks of the cluster.
-    float o[kRowHeads][kDim];
+    alignas(16) float o[kRowHeads][kDim];
     float2 total[kRowHeads];  // maximum and sum
   };
 
@@ -65,22 +63,6 @@ struct Shared {
     Merge merge;  // when the rings are done with
   };
 };
-
-// Weights of soft-max results with maximum `top` and sum `sum`, one a lane and kLanes neighbouring
-// lanes together, in the result of them all. Leaves that one's maximum and sum in their place.
-template <int kLanes>
-__device__ __forceinline__ float merge_weight(float& top, float& sum) {
-  const float own = top;
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
-    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
-  }
-  const float weight = own == -kInfinity ? 0 : tile::fast_exp2(own - top);
-  sum *= weight;
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  return weight;
-}
 
 // One thread block's share of a row.
 template <typename T, int kDim, int kTeams>
@@ -212,24 +194,12 @@ class Split {
     typename S::Merge& m = shared_.merge;
     tile::cp_async_wait<0>();
     __syncthreads();
-    attention_.finish(&m.warp_o[warp_][0][0], S::kPadded, m.warp_top[warp_], m.warp_sum[warp_]);
+    m.warps.put(attention_, warp_);
     __syncthreads();
-    constexpr int kLanes = kThreads / kRowHeads;  // of a head: 8, or 16
-    const int head = static_cast<int>(threadIdx.x) / kLanes;
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    float top = lane < kWarps ? m.warp_top[lane][head] : -kInfinity;
-    float sum = lane < kWarps ? m.warp_sum[lane][head] : 0;
-    const float weight = merge_weight<kLanes>(top, sum);
-    float o[kDim / kLanes] = {};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float factor = __shfl_sync(kAllLanes, weight, w, kLanes);
-#pragma unroll
-      for (int d = 0; d < kDim / kLanes; ++d) o[d] += factor * m.warp_o[w][head][d * kLanes + lane];
-    }
-#pragma unroll
-    for (int d = 0; d < kDim / kLanes; ++d) m.o[head][d * kLanes + lane] = o[d];
-    if (lane == 0) m.total[head] = {top, sum};
+    m.warps.merge([&](int head, int d, float4 o) { *reinterpret_cast<float4*>(&m.o[head][d]) = o; },
+                  [&](int head, float top, float sum) {
+                    m.total[head] = {top, sum};
+                  });
   }
 
   // Each block of the cluster puts its share of the outputs together.

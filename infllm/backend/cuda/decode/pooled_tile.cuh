@@ -11,7 +11,7 @@
 // read straight into operands, 64 bytes a row and load, and every byte once.
 #pragma once
 
-#include "infllm/backend/cuda/page.cuh"
+#include "infllm/backend/cuda/decode/row.cuh"
 #include "infllm/backend/cuda/tile/mma.cuh"
 
 namespace infllm::cuda::decode {
@@ -71,11 +71,6 @@ struct KeyTile {
 
   uint4 words[2][kDim / 32];
 };
-
-// Logarithms of the pooled rows of a page.
-inline constexpr int kFineShift = 2;
-inline constexpr int kCoarseShift = 0;
-static_assert(kFineRows == 1 << kFineShift && kCoarseRows == 1 << kCoarseShift);
 
 // One kind of pooled keys of one sequence and KV head, 16 windows at a time. They come in two
 // steps, because pages are found in a table: look_up() asks the table, load() follows the answer.

@@ -21,6 +21,13 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr unsigned kPortableCluster = 8;
 inline constexpr unsigned kLargestCluster = 16;
 
+inline constexpr int kMaxCandidates = 16384;  // blocks to choose from: 1M tokens
+
+// Logarithms of the pooled rows of a page.
+inline constexpr int kFineShift = 2;
+inline constexpr int kCoarseShift = 0;
+static_assert(kFineRows == 1 << kFineShift && kCoarseRows == 1 << kCoarseShift);
+
 // Where part `index` of `parts` begins when `total` things are shared out; total times parts fits
 // 32 bits.
 __device__ __forceinline__ int share(int total, int index, int parts) {
@@ -94,30 +101,32 @@ __device__ __forceinline__ U* in_part(U* address, int rank) {
 #endif
 }
 
-// Asks for memory to be brought into L2: harmless whatever is there, even if it is written later.
-__device__ __forceinline__ void prefetch(const void* address, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
-#endif
-}
-
 // launch() of launch.cuh, for blocks whose `cluster` neighbours along x are one cluster; 1: none.
+// all_at_once: every block of the grid is resident before any of them has to wait for another one,
+// whatever else runs on the device; a grid that does not fit is an error.
 template <typename Args>
 Status launch_parts(const Device& device, std::string_view step, void (*kernel)(Args), dim3 grid,
-                    unsigned threads, std::size_t shared_bytes, unsigned cluster,
-                    const Args& args) {
-  cudaLaunchAttribute attributes[2] = {};
+                    unsigned threads, std::size_t shared_bytes, unsigned cluster, const Args& args,
+                    bool all_at_once = false) {
+  cudaLaunchAttribute attributes[3] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
+  unsigned count = device.capability < 90 ? 0 : 1;
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {cluster, 1, 1};
+  }
+  if (all_at_once) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = device.stream;
   config.attrs = attributes;
-  config.numAttrs = device.capability < 90 ? 0 : cluster > 1 ? 2 : 1;
+  config.numAttrs = count;
   return to_status(step, cudaLaunchKernelEx(&config, kernel, args));
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "infllm/backend/cuda/decode/normaliser.cuh"
 #include "infllm/backend/cuda/decode/pooled_tile.cuh"
 #include "infllm/backend/cuda/decode/row.cuh"
 #include "infllm/backend/cuda/decode/score_select.h"
@@ -35,35 +36,6 @@ struct Args {
   float2* normalisers;  // [rows][parts][heads of the tiles]
   BlockKeys* keys;      // [rows][key_stride]
   int key_stride;
-};
-
-// The soft-max's denominator so far: `sum` of 2^(x - top).
-struct Normaliser {
-  __device__ __forceinline__ void add(float a, float b) {
-    const float largest = fmaxf(top, fmaxf(a, b));
-    const float base = largest == -kInfinity ? 0 : largest;
-    sum = sum * tile::fast_exp2(top - base) + tile::fast_exp2(a - base) + tile::fast_exp2(b - base);
-    top = largest;
-  }
-
-  // Of the lanes whose numbers differ in bits kFirst .. kEnd / 2.
-  template <int kFirst, int kEnd>
-  __device__ __forceinline__ void merge_lanes() {
-    float largest = top;
-#pragma unroll
-    for (int step = kFirst; step < kEnd; step *= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
-    }
-    sum *= tile::fast_exp2(top - (largest == -kInfinity ? 0 : largest));
-    top = largest;
-#pragma unroll
-    for (int step = kFirst; step < kEnd; step *= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, step);
-    }
-  }
-
-  float top = -kInfinity;
-  float sum = 0;
 };
 
 template <int kTiles>

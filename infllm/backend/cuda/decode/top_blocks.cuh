@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The best of up to kMaxCandidates blocks, by one thread block of kThreads, without sorting: find
-// the K-th largest key, eight bits of it at a time, by counting how often they occur; then write
-// the ids of the keys above it and of the first ones that equal it.
+// The best blocks of many, by one thread block of kThreads, without sorting: find the K-th largest
+// key, eight bits of it at a time, by counting how often they occur; then write the ids of the keys
+// above it and of the first ones that equal it.
 //
-// Every thread keeps a run of neighbouring candidates in registers, so that a prefix sum over the
-// threads gives ascending ids and breaks ties towards the lower index.
+// Every warp has a run of neighbouring candidates and looks at 32 of them at a time, so that votes
+// give ascending ids and break ties towards the lower index.
 #pragma once
 
 #include "infllm/backend/cuda/decode/row.cuh"
@@ -29,7 +29,10 @@ struct BlockKeys {
   std::uint32_t last;
 };
 
-inline constexpr int kMaxCandidates = 16384;  // 1M tokens
+// Both of bf16 scores in one word.
+__device__ __forceinline__ std::uint32_t packed(BlockKeys keys) {
+  return keys.best << 16 | keys.last;
+}
 
 template <int kThreads>
 struct TopBlocksShared {
@@ -39,83 +42,101 @@ struct TopBlocksShared {
   }
 
   std::uint32_t counts[4][256];  // of a digit's values, for each digit
-  std::uint32_t sums[kThreads / 32];
+  std::uint32_t above[kThreads / 32];
+  std::uint32_t equal[kThreads / 32];
 };
 
-// With runs of up to kRun candidates a thread.
-template <int kThreads, int kRun>
+// From shared memory or past L1: other blocks wrote them.
+__device__ __forceinline__ BlockKeys load_keys(const BlockKeys* keys, int block) {
+  BlockKeys found;
+  asm volatile("ld.volatile.v2.u32 {%0, %1}, [%2];"
+               : "=r"(found.best), "=r"(found.last)
+               : "l"(keys + block));
+  return found;
+}
+__device__ __forceinline__ BlockKeys load_keys(const std::uint32_t* keys, int block) {
+  return {keys[block] >> 16, keys[block] & 0xffff};
+}
+
+template <int kThreads, typename Keys>  // BlockKeys, or packed ones
 class TopBlocks {
  public:
   using Shared = TopBlocksShared<kThreads>;
 
-  __device__ __forceinline__ static void choose(const BlockKeys* keys, int first, int end, int need,
-                                                int key_bits, Shared& shared, std::int32_t* out) {
-    const int run = (end - first + kThreads - 1) / kThreads;
-    const int begin = first + static_cast<int>(threadIdx.x) * run;
-    const int count = min(run, end - begin);
+  __device__ __forceinline__ TopBlocks(const Keys* keys, int first, int end, Shared& shared)
+      : keys_(keys),
+        shared_(shared),
+        warp_(static_cast<int>(threadIdx.x) / 32),
+        lane_(static_cast<int>(threadIdx.x) % 32) {
+    const int run = ((end - first + kWarps - 1) / kWarps + 31) / 32 * 32;
+    begin_ = first + warp_ * run;
+    end_ = min(end, begin_ + run);
+  }
 
-    std::uint32_t key[kRun];
-    std::uint32_t before = begin > 0 && count > 0 ? load(keys, begin - 1).last : 0;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const BlockKeys block = i < count ? load(keys, begin + i) : BlockKeys{};
-      key[i] = max(block.best, before);
-      before = block.last;
-      if (i >= count) key[i] = 0;
-    }
-
+  __device__ __forceinline__ void choose(int need, int key_bits, std::int32_t* out) {
     int wanted_equals = need;
-    const std::uint32_t least = kth_largest(key, count, key_bits, shared, wanted_equals);
-
-    // In the lower half how many are above it, in the upper one how many equal it.
-    std::uint32_t mine = 0;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (i < count) mine += key[i] > least ? 1u : key[i] == least ? 1u << 16 : 0u;
+    const std::uint32_t least = kth_largest(key_bits, wanted_equals);
+    std::uint32_t above = 0;  // of this warp
+    std::uint32_t equal = 0;
+#pragma unroll 2
+    for (int i = begin_; i < end_; i += 32) {
+      const std::uint32_t key = load(i + lane_);
+      above += __popc(__ballot_sync(kAllLanes, i + lane_ < end_ && key > least));
+      equal += __popc(__ballot_sync(kAllLanes, i + lane_ < end_ && key == least));
     }
-    const std::uint32_t left = exclusive_sum(mine, shared);
-    int equals = static_cast<int>(left >> 16);
-    int rank = static_cast<int>(left & 0xffff) + min(equals, wanted_equals);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (i >= count) continue;
-      const bool equal = key[i] == least;
-      if (key[i] > least || (equal && equals < wanted_equals)) out[rank++] = begin + i;
-      equals += equal ? 1 : 0;
+    if (lane_ == 0) {
+      shared_.above[warp_] = above;
+      shared_.equal[warp_] = equal;
+    }
+    __syncthreads();
+    const bool left = lane_ < warp_;
+    int rank = static_cast<int>(__reduce_add_sync(kAllLanes, left ? shared_.above[lane_] : 0));
+    int equals = static_cast<int>(__reduce_add_sync(kAllLanes, left ? shared_.equal[lane_] : 0));
+    const unsigned lower = (1u << lane_) - 1;
+#pragma unroll 2
+    for (int i = begin_; i < end_; i += 32) {
+      const std::uint32_t key = load(i + lane_);
+      const bool is_above = i + lane_ < end_ && key > least;
+      const bool is_equal = i + lane_ < end_ && key == least;
+      const unsigned all_above = __ballot_sync(kAllLanes, is_above);
+      const unsigned all_equal = __ballot_sync(kAllLanes, is_equal);
+      const int equals_before = equals + __popc(all_equal & lower);
+      if (is_above || (is_equal && equals_before < wanted_equals)) {
+        out[rank + __popc(all_above & lower) + min(equals_before, wanted_equals)] = i + lane_;
+      }
+      rank += __popc(all_above);
+      equals += __popc(all_equal);
     }
   }
 
  private:
-  // From shared memory or past L1: other blocks wrote them.
-  __device__ __forceinline__ static BlockKeys load(const BlockKeys* keys, int block) {
-    BlockKeys found;
-    asm volatile("ld.volatile.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(found.best), "=r"(found.last)
-                 : "l"(keys + block));
-    return found;
+  static constexpr int kWarps = kThreads / 32;
+
+  // The key of a candidate, 0 behind the last one.
+  __device__ __forceinline__ std::uint32_t load(int block) const {
+    if (block >= end_) return 0;
+    const std::uint32_t best = load_keys(keys_, block).best;
+    return block > 0 ? max(best, load_keys(keys_, block - 1).last) : best;
   }
 
   // The largest number that at least `need` keys reach; leaves in `need` how many of those that
   // equal it belong to them.
-  __device__ __forceinline__ static std::uint32_t kth_largest(const std::uint32_t (&key)[kRun],
-                                                              int count, int key_bits,
-                                                              Shared& shared, int& need) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+  __device__ __forceinline__ std::uint32_t kth_largest(int key_bits, int& need) {
     std::uint32_t known = 0;  // the digits above `shift + 8`
     int digit = 0;
+#pragma unroll 1
     for (int shift = key_bits - 8; shift > -8; shift -= 8, ++digit) {
       const int low = max(shift, 0);  // the last digit may overlap the one before: it agrees
-      std::uint32_t(&counts)[256] = shared.counts[digit];
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if (i < count && (digit == 0 || key[i] >> (shift + 8) == known)) {
-          atomicAdd(&counts[key[i] >> low & 0xff], 1u);
-        }
+      std::uint32_t(&counts)[256] = shared_.counts[digit];
+#pragma unroll 2
+      for (int i = begin_ + lane_; i < end_; i += 32) {
+        const std::uint32_t key = load(i);
+        if (digit == 0 || key >> (shift + 8) == known) atomicAdd(&counts[key >> low & 0xff], 1u);
       }
       __syncthreads();
       // Every warp looks for the value of this digit: a lane has eight, lane 31 the largest.
-      const uint4 first = reinterpret_cast<const uint4*>(counts)[2 * lane];
-      const uint4 second = reinterpret_cast<const uint4*>(counts)[2 * lane + 1];
+      const uint4 first = reinterpret_cast<const uint4*>(counts)[2 * lane_];
+      const uint4 second = reinterpret_cast<const uint4*>(counts)[2 * lane_ + 1];
       const std::uint32_t value[8] = {first.x,  first.y,  first.z,  first.w,
                                       second.x, second.y, second.z, second.w};
       std::uint32_t sum = 0;
@@ -125,13 +146,13 @@ class TopBlocks {
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
         const std::uint32_t above = __shfl_down_sync(kAllLanes, reached, step);
-        if (lane + step < 32) reached += above;
+        if (lane_ + step < 32) reached += above;
       }
       std::uint32_t above = reached - sum;
-      int found = 8 * lane + 7;
+      int found = 8 * lane_ + 7;
 #pragma unroll
       for (int i = 7; i > 0; --i) {
-        if (above + value[i] < static_cast<std::uint32_t>(need) && found == 8 * lane + i) {
+        if (above + value[i] < static_cast<std::uint32_t>(need) && found == 8 * lane_ + i) {
           above += value[i];
           --found;
         }
@@ -145,38 +166,18 @@ class TopBlocks {
     return known;
   }
 
-  __device__ __forceinline__ static std::uint32_t exclusive_sum(std::uint32_t mine,
-                                                                Shared& shared) {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    std::uint32_t sum = mine;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const std::uint32_t left = __shfl_up_sync(kAllLanes, sum, step);
-      if (lane >= step) sum += left;
-    }
-    if (lane == 31) shared.sums[warp] = sum;
-    __syncthreads();
-    const std::uint32_t warp_sum = lane < kThreads / 32 ? shared.sums[lane] : 0;
-    return __reduce_add_sync(kAllLanes, lane < warp ? warp_sum : 0) + sum - mine;
-  }
+  const Keys* const keys_;
+  Shared& shared_;
+  const int warp_, lane_;
+  int begin_, end_;
 };
 
 // Writes the `need` best of blocks first .. end - 1, 0 < need <= end - first, ascending.
-template <int kThreads>
-__device__ __forceinline__ void choose_blocks(const BlockKeys* keys, int first, int end, int need,
+template <int kThreads, typename Keys>
+__device__ __forceinline__ void choose_blocks(const Keys* keys, int first, int end, int need,
                                               int key_bits, TopBlocksShared<kThreads>& shared,
                                               std::int32_t* out) {
-  // As few comparisons as 128K and 256K tokens need, if it is not more.
-  constexpr int kLongest = kMaxCandidates / kThreads;
-  const int candidates = end - first;
-  if (candidates <= kThreads * kLongest / 8) {
-    TopBlocks<kThreads, kLongest / 8>::choose(keys, first, end, need, key_bits, shared, out);
-  } else if (candidates <= kThreads * kLongest / 4) {
-    TopBlocks<kThreads, kLongest / 4>::choose(keys, first, end, need, key_bits, shared, out);
-  } else {
-    TopBlocks<kThreads, kLongest>::choose(keys, first, end, need, key_bits, shared, out);
-  }
+  TopBlocks<kThreads, Keys>(keys, first, end, shared).choose(need, key_bits, out);
 }
 
 }  // namespace infllm::cuda::decode
