@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 
 #include <cmath>
+#include <cstdint>
 
 #include "tests/support/grid.h"
 #include "tests/support/refusal.h"
@@ -76,6 +77,41 @@ TEST_P(AttendEdge, TakesAnySelection) {
         trio.exact.attend(chosen), trio.rounded.attend(chosen));
     EXPECT_TRUE(ledgers.o.balanced());
     EXPECT_TRUE(ledgers.lse.balanced());
+  }
+}
+
+// A device looks at a number before it follows it: what is no block is left out.
+TEST_P(AttendEdge, NumbersThatAreNoBlocksAreLeftOut) {
+  if (!is_device(open(GetParam(), 1))) GTEST_SKIP() << "hosts believe their own selection";
+  const DType kv = cache_types(GetParam()).front();
+  for (const char* name : {"edges_decode", "edges_prefill", "group_7", "group_16", "many_blocks"}) {
+    const Case& c = case_named(name);
+    Rig rig(open(GetParam()), c, kv);
+    rig.enter(c.steps.back());
+    std::vector<std::int32_t> chosen = rig.choose();
+    const auto columns = static_cast<std::size_t>(rig.columns());
+    std::vector<std::size_t> left_out;  // of each row that has two blocks, the last one
+    for (std::size_t row = 0; row < chosen.size(); row += columns) {
+      std::size_t used = 0;
+      while (used < columns && chosen[row + used] >= 0) ++used;
+      if (used < 2) continue;
+      left_out.push_back(row + used - 1);
+      chosen[left_out.back()] = -1;
+    }
+    ASSERT_FALSE(left_out.empty());
+    const Attended want = rig.attend(chosen);
+    const auto blocks = static_cast<std::int32_t>(rig.blocks());
+    for (const std::int32_t id : {blocks, 1 << 29, INT32_MAX, -2, INT32_MIN}) {
+      for (const std::size_t i : left_out) chosen[i] = id;
+      const Attended got = rig.attend(chosen);
+      for (std::int32_t t = 0; t < rig.tokens(); ++t) {
+        if (!rig.sparse(t)) continue;
+        const std::int64_t row = std::int64_t{c.heads_q} * c.head_dim;
+        for (std::int64_t i = t * row; i < (t + 1) * row; ++i) {
+          ASSERT_EQ(got.o[i], want.o[i]) << name << " block " << id << " token " << t;
+        }
+      }
+    }
   }
 }
 

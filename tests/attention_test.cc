@@ -5,7 +5,9 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "tests/support/grid.h"
 #include "tests/support/refusal.h"
@@ -180,6 +182,46 @@ TEST_P(AttentionEdge, HugeLogitsGiveFiniteOutputs) {
     const Attended out = rig.attention();
     for (const double o : out.o) ASSERT_TRUE(std::isfinite(o)) << GetParam();
     for (const double lse : out.lse) ASSERT_TRUE(std::isfinite(lse)) << GetParam();
+  }
+}
+
+// What a device reads and writes through page numbers is checked by it: a sequence whose numbers
+// are wrong spoils its own output at most, in every step from appending to attending.
+TEST_P(AttentionEdge, CorruptPageTablesHarmNobodyElse) {
+  if (!is_device(open(GetParam(), 1))) GTEST_SKIP() << "hosts believe their own plan";
+  const DType kv = cache_types(GetParam()).front();
+  for (const char* name : {"edges_decode", "edges_prefill", "group_7", "group_16", "many_blocks"}) {
+    const Case& c = case_named(name);
+    const Step& step = c.steps.back();
+    Rig rig(open(GetParam()), c, kv);
+    rig.enter(step);
+    const Attended want = rig.attention();
+    const std::vector<std::int32_t> sound = rig.page_table();
+    const auto longest =
+        std::max_element(step.begin(), step.end(), [](Span a, Span b) { return a.end < b.end; });
+    const std::int64_t broken = longest - step.begin();
+    std::int64_t first = 0;
+    for (auto span = step.begin(); span != longest; ++span) first += span->end - span->first;
+    const std::int64_t last = first + longest->end - longest->first;
+    const std::int32_t pages = rig.pages().num_pages;
+    for (const std::int32_t id : {-1, -5, pages, 1 << 30, INT32_MIN, INT32_MAX}) {
+      for (std::int64_t i = 0; i < rig.batch().max_pages; i += 2) {
+        rig.page_table()[broken * rig.batch().max_pages + i] = id;
+      }
+      rig.upload_page_table();
+      rig.enter(step);  // once more: the others write what is there already
+      rig.read();
+      const Attended got = rig.attention();
+      const std::int64_t row = std::int64_t{c.heads_q} * c.head_dim;
+      for (std::int64_t i = 0; i < static_cast<std::int64_t>(want.o.size()); ++i) {
+        if (i / row >= first && i / row < last) continue;
+        ASSERT_EQ(got.o[i], want.o[i]) << name << " page " << id << " token " << i / row;
+      }
+      rig.page_table() = sound;
+    }
+    rig.upload_page_table();
+    rig.enter(step);
+    expect_same_bits(rig.attention(), want, name);
   }
 }
 

@@ -84,6 +84,11 @@ Rig::Rig(Backend backend, const Case& c, DType kv_dtype, DType numbers)
   pages_ = {page_memory_.data(), layout, page_bytes, num_pages};
 }
 
+void Rig::upload_page_table() {
+  must(copy_in(backend_, table_memory_.data(), page_table_.data(),
+               page_table_.size() * sizeof(std::int32_t)));
+}
+
 void Rig::enter(const Step& step) {
   Step history;
   bool missing = false;

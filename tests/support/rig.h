@@ -70,6 +70,9 @@ class Rig {
   const KvPages& pages() const { return pages_; }
   const SparseConfig& config() const { return case_.config; }
   std::vector<SequenceNumbers>& numbers() { return numbers_; }
+  // [sequences, max_pages], to be broken by tests; the backend sees it when it is uploaded again.
+  std::vector<std::int32_t>& page_table() { return page_table_; }
+  void upload_page_table();
   std::int32_t tokens() const { return batch_.num_tokens; }
   std::int64_t blocks() const { return case_.config.blocks_in(batch_.max_kv_length); }
   // Of a selection; 0 when no sequence is sparse.
