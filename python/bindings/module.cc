@@ -4,6 +4,7 @@
 // nothing of PyTorch, so one build serves every version of it.
 #include <nanobind/nanobind.h>
 
+#include "python/bindings/align.h"
 #include "python/bindings/arguments.h"
 #include "python/bindings/backward.h"
 #include "python/bindings/device.h"
@@ -17,4 +18,5 @@ NB_MODULE(_native, module) {
   infllm::python::bind_forward(module);
   infllm::python::bind_backward(module);
   infllm::python::bind_steps(module);
+  infllm::python::bind_align(module);
 }

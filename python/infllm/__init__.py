@@ -10,6 +10,7 @@
 q is [tokens, heads, head_dim], k and v are [tokens, kv_heads, head_dim]; see ``attention``.
 """
 
+from infllm.align import selection_alignment_loss
 from infllm.attention import attention, choose
 from infllm.cache import KVCache, attend_with_kvcache
 from infllm.checkpoint import save_selections
@@ -32,4 +33,5 @@ __all__ = [
     "save_selections",
     "score",
     "select",
+    "selection_alignment_loss",
 ]

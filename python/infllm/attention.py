@@ -65,7 +65,7 @@ def attention(
         out like q, or a tuple (out, lse, selection) of what was asked for. Gradients reach q, k and
         v through out and lse; the selection is held constant.
     """
-    q, k, v, q_score, k_score = _cast(q, k, v, q_score, k_score)
+    q, k, v, q_score, k_score = cast(q, k, v, q_score, k_score)
     shape = q.shape
     if plan is None:
         plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
@@ -76,7 +76,7 @@ def attention(
     q, k, v, q_score, k_score = (pack(x) for x in (q, k, v, q_score, k_score))
     scale = scale_of(q, softmax_scale)
     out, lse, chosen = torch.ops.infllm.attention(
-        q, k, v, q_score, k_score, selection, *_batch(plan), scale,
+        q, k, v, q_score, k_score, selection, *batch_of(plan), scale,
         sparse_config.numbers() if sparse_config is not None else [], backend or "")
     results = [out.view(shape)]
     if return_lse:
@@ -113,14 +113,14 @@ def choose(
         int32 [Hkv, T, K], ascending in each row, -1 behind the last; rows of dense sequences -1.
         K = ``sparse_config.columns(max_seqlen_k)``, or 0 where no sequence can be sparse.
     """
-    q, k, _, q_score, k_score = _cast(q, k, k, q_score, k_score)
+    q, k, _, q_score, k_score = cast(q, k, k, q_score, k_score)
     if plan is None:
         plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
                      sparse)
     q, k, q_score, k_score = (pack(x) for x in (q, k, q_score, k_score))
     scale = scale_of(q, softmax_scale)
     with torch.no_grad():
-        return torch.ops.infllm.choose(q, k, q_score, k_score, *_batch(plan), scale,
+        return torch.ops.infllm.choose(q, k, q_score, k_score, *batch_of(plan), scale,
                                        sparse_config.numbers(), backend or "")
 
 
@@ -128,7 +128,7 @@ def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     return max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale
 
 
-def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, the tensors in its type, as torch's own attention does."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -142,7 +142,7 @@ def pack(x: Tensor | None) -> Tensor | None:
     return x.flatten(0, 1) if x is not None and x.dim() == 4 else x
 
 
-def _batch(plan: Plan) -> tuple[Any, ...]:
+def batch_of(plan: Plan) -> tuple[Any, ...]:
     return (plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length, plan.page_table, plan.sparse,
             plan.max_seqlen_q, plan.max_seqlen_k)
 

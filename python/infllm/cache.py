@@ -14,8 +14,18 @@ from infllm.attention import scale_of
 from infllm.checks import check_batch, check_like, check_qkv, check_scores
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
-from infllm.ops import (OPTIONS, Arrays, address, columns_of, config_of, implement, layout_of,
-                        library, lse_type, run)
+from infllm.ops import (
+    OPTIONS,
+    Arrays,
+    address,
+    columns_of,
+    config_of,
+    implement,
+    layout_of,
+    library,
+    lse_type,
+    run,
+)
 
 _PLACES = ("Tensor cu_seqlens_q, Tensor kv_length, Tensor page_table, int max_seqlen_q, "
            "int max_seqlen_k")

@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from infllm import _native
-from infllm.checks import (check_batch, check_like, check_qkv, check_scores,
-                           check_selected_blocks, check_selection)
+from infllm.checks import (
+    check_batch,
+    check_like,
+    check_qkv,
+    check_scores,
+    check_selected_blocks,
+    check_selection,
+)
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
 from infllm.plan import page_count

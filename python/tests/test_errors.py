@@ -95,7 +95,7 @@ def test_no_random_shape_crashes() -> None:
     chance = random.Random(0)
     refused = 0
     for _ in range(300):
-        pick = lambda *choices: chance.choice(choices)  # noqa: E731
+        pick = lambda *choices: chance.choice(choices)
         q = torch.randn(pick(0, 1, 5, 64), pick(0, 1, 2, 4), pick(0, 1, 16, 20))
         k = torch.randn(pick(0, 1, 5, 64), pick(0, 1, 2), pick(16, q.shape[2]))
         lengths = [chance.randint(-1, 6) for _ in range(chance.randint(0, 3))]

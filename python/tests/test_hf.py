@@ -9,7 +9,7 @@ import torch
 import infllm
 
 transformers = pytest.importorskip("transformers")
-from infllm.integrations import hf  # noqa: E402
+from infllm.integrations import hf
 
 
 @pytest.fixture(scope="module")
