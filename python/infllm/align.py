@@ -107,7 +107,7 @@ class _Work:
     def __init__(self, column: Column, results: Sequence[Tensor], inputs: tuple[Any, ...]) -> None:
         (q, k, q_score, k_score, rows, *arrays, max_seqlen_q, max_seqlen_k, scale, config,
          _) = inputs
-        numbers, native_config = config_of(tuple(config))
+        _, native_config = config_of(tuple(config))
         self.arrays = Arrays(column, *arrays)
         self.tensors = [None if x is None else column.numbers(x)
                         for x in (q, k, q_score, k_score)]

@@ -90,7 +90,7 @@ def test_choice_by_value(case: Case, place: Place) -> None:
     bf16 and the column's own error may do; forced blocks are there; rows ascend."""
     device, dtype = place
     config = case.config
-    q, k, v = case.numbers(dtype, device)
+    q, k, _ = case.numbers(dtype, device)
     chosen = infllm.choose(q, k, **case.where(device), sparse_config=config).cpu()
     q, k = q.double().cpu(), k.double().cpu()
     group = case.heads_q // case.heads_kv

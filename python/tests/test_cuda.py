@@ -32,8 +32,7 @@ def test_nothing_waits(no_waiting: None) -> None:
     where = case.where("cuda")
     grad = torch.randn_like(q)
     torch.cuda.set_sync_debug_mode("error")
-    out, chosen = infllm.attention(q, k, v, **where, sparse_config=SMALL, return_selection=True)
-    out.backward(grad)
+    infllm.attention(q, k, v, **where, sparse_config=SMALL).backward(grad)
     infllm.choose(q, k, **where, sparse_config=SMALL)
     infllm.select(infllm.score(q, k, **where, sparse_config=SMALL), **where, sparse_config=SMALL)
 
@@ -159,6 +158,16 @@ def test_blocks_out_of_range_are_not_followed() -> None:
     wild = torch.randint(-2**31, 2**31 - 1, (2, 320, 4), dtype=torch.int32, device="cuda")
     infllm.attention(q, k, v, sparse_config=SMALL, selection=wild)
     torch.cuda.synchronize()
+
+
+def test_the_reference_takes_device_tensors() -> None:
+    q, k, v = CASE.numbers(torch.float32, "cuda", grad=True)
+    out = infllm.attention(q, k, v, sparse_config=SMALL, backend="reference")
+    assert out.is_cuda and out.dtype is torch.float32
+    out.sum().backward()
+    true = infllm.attention(*(x.detach().cpu() for x in (q, k, v)), sparse_config=SMALL,
+                            backend="reference")
+    assert torch.equal(out.cpu(), true) and q.grad.is_cuda
 
 
 def test_the_current_device_stays() -> None:
