@@ -7,6 +7,7 @@
 
 #include <charconv>
 
+#include "infllm/backend/cuda/align/align.h"
 #include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/decode/attend.h"
 #include "infllm/backend/cuda/decode/score_select.h"
@@ -114,6 +115,8 @@ Kernels general() {
                        &decode::scores},
       .attend = {&general_attend, &general_attend_bytes},
       .attend_backward = {&backward::attend_backward, &backward::attend_backward_bytes},
+      .align = {&align::align, &align::align_bytes},
+      .align_backward = {&align::align_backward, &align::align_backward_bytes},
       .pack_linear = &pack_linear,
       .linear = {&linear, &linear_workspace_bytes},
       .upload_table = &upload_table,
@@ -135,7 +138,6 @@ Kernels hopper() {
   table.name = kType == DType::kF16 ? "sm90:f16" : "sm90";
   table.score_select = {&hopper_score_select, &hopper_score_select_bytes, &hopper_score_selects};
   table.attend = {&hopper_attend, &hopper_attend_bytes};
-  table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
   table.linear = {&hopper_linear, &hopper_linear_bytes};
   table.interlude = {&sm90::interlude, nullptr, &sm90::interludes};
