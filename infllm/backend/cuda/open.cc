@@ -139,6 +139,7 @@ Kernels hopper() {
   table.score_select = {&hopper_score_select, &hopper_score_select_bytes, &hopper_score_selects};
   table.attend = {&hopper_attend, &hopper_attend_bytes};
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
+  table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
   table.linear = {&hopper_linear, &hopper_linear_bytes};
   table.interlude = {&sm90::interlude, nullptr, &sm90::interludes};
   return table;
