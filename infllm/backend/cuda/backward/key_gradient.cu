@@ -18,8 +18,7 @@
 #include "infllm/backend/cuda/backward/passes.h"
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/numbers.cuh"
-#include "infllm/backend/cuda/sm80/smem_tile.cuh"
-#include "infllm/backend/cuda/tile/control.cuh"
+#include "infllm/backend/cuda/sm80/warp_products.cuh"
 
 namespace infllm::cuda::backward {
 namespace {
@@ -96,7 +95,7 @@ class KeyGradient {
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) grad_k_[n][e] = grad_v_[n][e] = 0;
+      for (int e = 0; e < 4; ++e) grad_k_[0][n][e] = grad_v_[0][n][e] = 0;
     }
   }
 
@@ -176,58 +175,14 @@ class KeyGradient {
     tile::cp_async_commit();
   }
 
-  // x = keys rows^T, of the warp's 16 keys and the stage's 64 rows.
-  __device__ void multiply(float (&x)[8][4], const std::byte* keys, const std::byte* rows) const {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[n][e] = 0;
-    }
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      std::uint32_t a[4];
-      Smem::a_fragment(a, keys, warp_ * 16, k, lane_);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        std::uint32_t b[4];
-        Smem::bt_fragments(b, rows, n * 16, k, lane_);
-        const std::uint32_t low[2] = {b[0], b[1]};
-        const std::uint32_t high[2] = {b[2], b[3]};
-        tile::mma_m16n8k16<T>(x[2 * n], a, low);
-        tile::mma_m16n8k16<T>(x[2 * n + 1], a, high);
-      }
-    }
-  }
-
-  // sum += weights rows, of the warp's 16 keys.
-  __device__ void add(float (&sum)[D / 8][4], const float (&weights)[8][4],
-                      const std::byte* rows) const {
-#pragma unroll
-    for (int k = 0; k < kRows / 16; ++k) {
-      const std::uint32_t a[4] = {tile::pack2<T>(weights[2 * k][0], weights[2 * k][1]),
-                                  tile::pack2<T>(weights[2 * k][2], weights[2 * k][3]),
-                                  tile::pack2<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
-                                  tile::pack2<T>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        std::uint32_t b[4];
-        Smem::b_fragments(b, rows, k * 16, n, lane_);
-        const std::uint32_t low[2] = {b[0], b[1]};
-        const std::uint32_t high[2] = {b[2], b[3]};
-        tile::mma_m16n8k16<T>(sum[2 * n], a, low);
-        tile::mma_m16n8k16<T>(sum[2 * n + 1], a, high);
-      }
-    }
-  }
-
   __device__ void add_stage(int stage) {
     const StageRows& rows = shared_.rows[stage % 3];
     const std::byte* q = shared_.q[stage % 2];
     const std::byte* grad_o = shared_.grad_o[stage % 2];
-    float p[8][4];
-    float grad_x[8][4];
-    multiply(p, shared_.k, q);
-    multiply(grad_x, shared_.v, grad_o);
+    float p[1][8][4];
+    float grad_x[1][8][4];
+    sm80::multiply_transposed<T, D>(p, shared_.k, warp_ * 16, q, 0, lane_);
+    sm80::multiply_transposed<T, D>(grad_x, shared_.v, warp_ * 16, grad_o, 0, lane_);
     const bool masked = rows.keys[0] < kPageTokens;  // lists ascend
     const int key = warp_ * 16 + (lane_ >> 2);
 #pragma unroll
@@ -235,13 +190,13 @@ class KeyGradient {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = n * 8 + (lane_ & 3) * 2 + e % 2;
-        if (masked && key + e / 2 * 8 >= rows.keys[row]) p[n][e] = -INFINITY;
-        p[n][e] = tile::fast_exp2(fmaf(p[n][e], a_.c, -rows.lse[row]));
-        grad_x[n][e] = p[n][e] * (grad_x[n][e] - rows.delta[row]);
+        if (masked && key + e / 2 * 8 >= rows.keys[row]) p[0][n][e] = -INFINITY;
+        p[0][n][e] = tile::fast_exp2(fmaf(p[0][n][e], a_.c, -rows.lse[row]));
+        grad_x[0][n][e] = p[0][n][e] * (grad_x[0][n][e] - rows.delta[row]);
       }
     }
-    add(grad_v_, p, grad_o);
-    add(grad_k_, grad_x, q);
+    sm80::multiply_add<T, D>(grad_v_, p, grad_o, 0, lane_);
+    sm80::multiply_add<T, D>(grad_k_, grad_x, q, 0, lane_);
   }
 
   __device__ void write() {
@@ -255,10 +210,10 @@ class KeyGradient {
           ((base + key) * a_.pool.map.heads + target_.head) * D + (lane_ & 3) * 2;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
-        *reinterpret_cast<std::uint32_t*>(static_cast<T*>(a_.grad_k) + at + n * 8) =
-            tile::pack2<T>(grad_k_[n][half * 2] * a_.scale, grad_k_[n][half * 2 + 1] * a_.scale);
+        *reinterpret_cast<std::uint32_t*>(static_cast<T*>(a_.grad_k) + at + n * 8) = tile::pack2<T>(
+            grad_k_[0][n][half * 2] * a_.scale, grad_k_[0][n][half * 2 + 1] * a_.scale);
         *reinterpret_cast<std::uint32_t*>(static_cast<T*>(a_.grad_v) + at + n * 8) =
-            tile::pack2<T>(grad_v_[n][half * 2], grad_v_[n][half * 2 + 1]);
+            tile::pack2<T>(grad_v_[0][n][half * 2], grad_v_[0][n][half * 2 + 1]);
       }
     }
   }
@@ -271,9 +226,10 @@ class KeyGradient {
       float* at = sums + (warp_ * 16 + half * 8 + (lane_ >> 2)) * D + (lane_ & 3) * 2;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
-        *reinterpret_cast<float2*>(at + n * 8) = {grad_k_[n][half * 2], grad_k_[n][half * 2 + 1]};
-        *reinterpret_cast<float2*>(at + kPageTokens * D + n * 8) = {grad_v_[n][half * 2],
-                                                                    grad_v_[n][half * 2 + 1]};
+        *reinterpret_cast<float2*>(at + n * 8) = {grad_k_[0][n][half * 2],
+                                                  grad_k_[0][n][half * 2 + 1]};
+        *reinterpret_cast<float2*>(at + kPageTokens * D + n * 8) = {grad_v_[0][n][half * 2],
+                                                                    grad_v_[0][n][half * 2 + 1]};
       }
     }
   }
@@ -289,8 +245,8 @@ class KeyGradient {
   const bool listed_;
   int first_;  // token of the list
   std::int64_t rows_;
-  float grad_k_[D / 8][4];
-  float grad_v_[D / 8][4];
+  float grad_k_[1][D / 8][4];
+  float grad_v_[1][D / 8][4];
 };
 
 // Block x: first the parts of cut blocks, which are long, then the other blocks.

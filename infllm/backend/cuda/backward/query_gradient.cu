@@ -16,9 +16,8 @@
 #include "infllm/backend/cuda/backward/passes.h"
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/numbers.cuh"
-#include "infllm/backend/cuda/sm80/smem_tile.cuh"
 #include "infllm/backend/cuda/sm80/token_tile.cuh"
-#include "infllm/backend/cuda/tile/control.cuh"
+#include "infllm/backend/cuda/sm80/warp_products.cuh"
 
 namespace infllm::cuda::backward {
 namespace {
@@ -96,6 +95,7 @@ class QueryGradient {
   __device__ void run() {
     load_rows(shared_.q, static_cast<const T*>(a_.q));
     load_rows(shared_.grad_o, static_cast<const T*>(a_.grad_o));
+    tile::cp_async_commit();  // even if no block follows, whose copies would take them along
     Visit next = look_up(0);
     for (int j = 0; j < count_; ++j) {
       const Visit at = next;
@@ -148,45 +148,14 @@ class QueryGradient {
         at.page < 0 ? 0 : sequence_.length - at.block * kPageTokens);
   }
 
-  // x = rows (keys first_key ..)^T, of the warp's 32 rows and 32 keys.
-  __device__ void multiply(float (&x)[2][4][4], const std::byte* rows, const std::byte* keys,
-                           int first_key) const {
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[mi][n][e] = 0;
-      }
-    }
-    rows += warp_ * kWarpRows * Smem::kRowBytes;
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      std::uint32_t a[2][4];
-      Smem::a_fragment(a[0], rows, 0, k, lane_);
-      Smem::a_fragment(a[1], rows, 16, k, lane_);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        std::uint32_t b[4];
-        Smem::bt_fragments(b, keys, first_key + n * 16, k, lane_);
-        const std::uint32_t low[2] = {b[0], b[1]};
-        const std::uint32_t high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
-          tile::mma_m16n8k16<T>(x[mi][2 * n], a[mi], low);
-          tile::mma_m16n8k16<T>(x[mi][2 * n + 1], a[mi], high);
-        }
-      }
-    }
-  }
-
   template <int kHalf>
   __device__ void add_half(const Visit& at) {
     constexpr int kFirst = kHalf * kHalfKeys;
     float s[2][4][4];
     float grad_p[2][4][4];
-    multiply(s, shared_.q, shared_.k, kFirst);
-    multiply(grad_p, shared_.grad_o, shared_.v, kFirst);
+    const int row = warp_ * kWarpRows;
+    sm80::multiply_transposed<T, D>(s, shared_.q, row, shared_.k, kFirst, lane_);
+    sm80::multiply_transposed<T, D>(grad_p, shared_.grad_o, row, shared_.v, kFirst, lane_);
     mask(s, at, at.block * kPageTokens + kFirst);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -200,30 +169,7 @@ class QueryGradient {
         }
       }
     }
-    // dQ += dS K.
-#pragma unroll
-    for (int k = 0; k < kHalfKeys / 16; ++k) {
-      std::uint32_t a[2][4];
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
-        a[mi][0] = tile::pack2<T>(s[mi][2 * k][0], s[mi][2 * k][1]);
-        a[mi][1] = tile::pack2<T>(s[mi][2 * k][2], s[mi][2 * k][3]);
-        a[mi][2] = tile::pack2<T>(s[mi][2 * k + 1][0], s[mi][2 * k + 1][1]);
-        a[mi][3] = tile::pack2<T>(s[mi][2 * k + 1][2], s[mi][2 * k + 1][3]);
-      }
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        std::uint32_t b[4];
-        Smem::b_fragments(b, shared_.k, kFirst + k * 16, n, lane_);
-        const std::uint32_t low[2] = {b[0], b[1]};
-        const std::uint32_t high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
-          tile::mma_m16n8k16<T>(grad_q_[mi][2 * n], a[mi], low);
-          tile::mma_m16n8k16<T>(grad_q_[mi][2 * n + 1], a[mi], high);
-        }
-      }
-    }
+    sm80::multiply_add<T, D>(grad_q_, s, shared_.k, kFirst, lane_);  // dQ += dS K
   }
 
   // -inf for the rows of tokens that did not choose the block and for keys behind the token.

@@ -22,9 +22,9 @@
 
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/sm80/attend.h"
-#include "infllm/backend/cuda/sm80/smem_tile.cuh"
 #include "infllm/backend/cuda/sm80/token_tile.cuh"
 #include "infllm/backend/cuda/sm80/union_lists.h"
+#include "infllm/backend/cuda/sm80/warp_products.cuh"
 #include "infllm/backend/cuda/tile/control.cuh"
 
 namespace infllm::cuda::sm80 {
@@ -138,12 +138,12 @@ class Attender {
       if (j % kSteps == 0) look_up_steps(j / kSteps + 1);
       float s[2][8][4];
       if (wanted) {
-        multiply_keys(s, slot(2 * j));
+        multiply_transposed<T, D>(s, shared_.q, warp_ * kWarpRows, slot(2 * j), 0, lane_);
         mask(s, step(j));
         soften(s);
       }
       next_tile(2 * j + 1);
-      if (wanted) multiply_values(s, slot(2 * j + 1));
+      if (wanted) multiply_add<T, D>(o_, s, slot(2 * j + 1), 0, lane_);
     }
     tile::cp_async_wait<0>();
     __syncthreads();  // the queries have arrived even if there was no step
@@ -204,37 +204,6 @@ class Attender {
     return (at.tokens & warp_tokens_) != 0 && at.block * kPageTokens <= tile_.first + last_token_;
   }
 
-  // S = Q K^T.
-  __device__ void multiply_keys(float (&s)[2][8][4], const std::byte* keys) const {
-#pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[mi][n][e] = 0;
-      }
-    }
-    const std::byte* q = shared_.q + warp_ * kWarpRows * Smem::kRowBytes;
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      std::uint32_t a[2][4];
-      Smem::a_fragment(a[0], q, 0, k, lane_);
-      Smem::a_fragment(a[1], q, 16, k, lane_);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        std::uint32_t b[4];
-        Smem::bt_fragments(b, keys, n * 16, k, lane_);
-        const std::uint32_t low[2] = {b[0], b[1]};
-        const std::uint32_t high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
-          tile::mma_m16n8k16<T>(s[mi][2 * n], a[mi], low);
-          tile::mma_m16n8k16<T>(s[mi][2 * n + 1], a[mi], high);
-        }
-      }
-    }
-  }
-
   // -inf for the rows of tokens that did not choose the block and for keys behind the token.
   __device__ void mask(float (&s)[2][8][4], const Step& at) const {
     const int first_key = at.block * kPageTokens;
@@ -291,33 +260,6 @@ class Attender {
         low = tile::fast_exp2(fmaf(low, a_.c, -m_[i]));
         high = tile::fast_exp2(fmaf(high, a_.c, -m_[i]));
         l_[i] += low + high;
-      }
-    }
-  }
-
-  // O += P V.
-  __device__ void multiply_values(const float (&s)[2][8][4], const std::byte* values) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      std::uint32_t p[2][4];
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
-        p[mi][0] = tile::pack2<T>(s[mi][2 * k][0], s[mi][2 * k][1]);
-        p[mi][1] = tile::pack2<T>(s[mi][2 * k][2], s[mi][2 * k][3]);
-        p[mi][2] = tile::pack2<T>(s[mi][2 * k + 1][0], s[mi][2 * k + 1][1]);
-        p[mi][3] = tile::pack2<T>(s[mi][2 * k + 1][2], s[mi][2 * k + 1][3]);
-      }
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        std::uint32_t b[4];
-        Smem::b_fragments(b, values, k * 16, n, lane_);
-        const std::uint32_t low[2] = {b[0], b[1]};
-        const std::uint32_t high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
-          tile::mma_m16n8k16<T>(o_[mi][2 * n], p[mi], low);
-          tile::mma_m16n8k16<T>(o_[mi][2 * n + 1], p[mi], high);
-        }
       }
     }
   }
