@@ -8,6 +8,7 @@
 # has PyTorch with CUDA. Parts, all by default:
 #
 #   attention   one layer: prompts of 8K to 128K, all kinds of input, one token of many sequences
+#   backward    gradients of one layer, and forward and backward together
 #   model       the 8B shape with generated weights: reading 128K, writing behind 32K and 128K
 #   long        one layer at 512K and 1M, beside cuDNN's dense attention, which takes 25 s for both
 #   million     the 8B shape behind a million tokens
@@ -15,7 +16,7 @@ set -euo pipefail
 [[ $# -ge 2 ]] || { sed -n 's/^# tools/usage: tools/p' "$0" >&2; exit 1; }
 build=$1 results=$2
 shift 2
-parts=${*:-attention model long million}
+parts=${*:-attention backward model long million}
 cd "$(dirname "$0")/.."
 ours=$results.part  # stays behind, with what was measured, when the peers do not come to an end
 text=$(mktemp)
@@ -49,6 +50,11 @@ if [[ " $parts " == *" attention "* ]]; then
   cat docs/*.md docs/kernels/*.md > "$text"
   attention --tokens 32768 --input trace --trace-model models/needle-32k --trace-text "$text"
   attention --mode decode --input random --tokens 32768,131072 --batch 1,16,64
+  with_peers
+fi
+if [[ " $parts " == *" backward "* ]]; then
+  attention --mode backward --tokens 8192,32768,131072 --input correlated-0.8
+  attention --mode backward --tokens 32768,131072 --input random --dense-limit 0
   with_peers
 fi
 if [[ " $parts " == *" model "* ]]; then

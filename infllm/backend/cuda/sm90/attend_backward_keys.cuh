@@ -192,10 +192,13 @@ __device__ __forceinline__ void feed_rows(KeyShared<C>& shared, const KeyGradien
       *reinterpret_cast<float2*>(rows.delta + 2 * lane) = {stats.y, stats.w};
       if (lane < tokens) rows.position[lane] = token < 0 ? -1 : token + first_position;
     }
-    __syncwarp();
     std::byte* to = (warp < 2 ? shared.q : shared.grad_o)[ring.stage] + panel * kPanelBytes;
     std::uint64_t* full = &shared.full[ring.stage];
-    if (lane == 0) mbarrier_arrive_expect_tx(full, kPanelBytes);
+    if (lane == 0) {
+      mbarrier_arrive_expect_tx(full, kPanelBytes);
+    } else if (warp == 0) {
+      mbarrier_arrive(full);  // of the statistics that this lane wrote
+    }
     const int head = item.head << a.group_log2;
     if (together) {
       if (lane == 0) tma_load_4d(&stage_map, full, to, 0, head, first, panel);
@@ -358,25 +361,19 @@ __device__ __forceinline__ void compute_keys(KeyShared<C>& shared, const KeyGrad
     // Each warpgroup gives one of its sums to the other, through the ring, and finishes one.
     static_assert(2 * C::kSumFloats * sizeof(float) <= sizeof(shared.q));
     auto* exchange = reinterpret_cast<float*>(shared.q);
-    const auto swap = [&](const float(&give)[C::kSums], float(&keep)[C::kSums]) {
-      named_barrier_sync(1, 256);  // nobody needs the ring any more
+    const int lane_of_group = static_cast<int>(threadIdx.x % 128);
+    named_barrier_sync(1, 256);  // nobody needs the ring any more
 #pragma unroll
-      for (int i = 0; i < C::kSums; ++i) {
-        exchange[(group * C::kSums + i) * 128 + threadIdx.x % 128] = give[i];
-      }
-      named_barrier_sync(1, 256);
-#pragma unroll
-      for (int i = 0; i < C::kSums; ++i) {
-        keep[i] += exchange[((1 - group) * C::kSums + i) * 128 + threadIdx.x % 128];
-      }
-    };
-    if (group == 0) {
-      swap(grad_v, grad_k);
-      finish(a.grad_k, grad_k, a.scale, 0);
-    } else {
-      swap(grad_k, grad_v);
-      finish(a.grad_v, grad_v, 1, 1);
+    for (int i = 0; i < C::kSums; ++i) {
+      exchange[(group * C::kSums + i) * 128 + lane_of_group] = group == 0 ? grad_v[i] : grad_k[i];
     }
+    named_barrier_sync(1, 256);
+#pragma unroll
+    for (int i = 0; i < C::kSums; ++i) {
+      grad_k[i] = (group == 0 ? grad_k[i] : grad_v[i]) +
+                  exchange[((1 - group) * C::kSums + i) * 128 + lane_of_group];
+    }
+    finish(group == 0 ? a.grad_k : a.grad_v, grad_k, group == 0 ? a.scale : 1, group);
   } else {
     finish(a.grad_k, grad_k, a.scale, 0);
     finish(a.grad_v, grad_v, 1, 1);
@@ -402,7 +399,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     mbarrier_init(&shared.blocks_full, 1);
     for (int i = 0; i < C::kStages; ++i) {
-      mbarrier_init(&shared.full[i], 2 * C::kPanels);
+      mbarrier_init(&shared.full[i], 2 * C::kPanels + 31);  // all lanes of warp 0
       mbarrier_init(&shared.empty[i], C::kListed ? 4 : 8);
     }
     fence_mbarrier_init();
