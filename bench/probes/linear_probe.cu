@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a decode step's matrix products reach on the shapes of an 8B model: sm90/linear.cu beside
+// What a decode step's matrix products reach on the shapes of an 8B model: sm90/stream.cu beside
 // cuBLASLt, in microseconds and as a share of the memory's rate, and then a whole layer's products
 // with the norms between them. Weights rotate through more memory than the L2 cache holds, as
 // layers do; launches follow each other in a graph, as in a decode step.
