@@ -13,9 +13,11 @@
 //   backward_main bench [correlated | random | dense] N...
 //                                 milliseconds and useful TFLOP/s: neighbours share 0.8 of their
 //                                 free blocks, draw their own, or see all; else all three
+//   backward_main align N...      milliseconds of the selection-alignment loss of the last 512 rows
 #include <cstring>
 #include <set>
 
+#include "infllm/backend/cuda/align/align.h"
 #include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/sm80/attend.h"
@@ -267,6 +269,49 @@ void bench(const Backend& backend, int tokens, double keep) {
   std::fflush(stdout);
 }
 
+// The selection-alignment loss of the last `rows` tokens.
+void bench_align(const Backend& backend, int tokens, int rows) {
+  using T = __nv_bfloat16;
+  const Case c{.name = "bench",
+               .config = SparseConfig{},
+               .heads_kv = 2,
+               .group = 16,
+               .dim = 128,
+               .spans = {{0, tokens}}};
+  const Rig<T> rig(c);
+  std::vector<int> list(rows);
+  std::iota(list.begin(), list.end(), tokens - rows);
+  const Array<int> list_there(list);
+  const std::size_t blocks = std::size_t(2) * rows * ((tokens + 63) / 64);
+  const Array<float> loss(std::vector<float>(2 * rows, 1.0f)), norms(32 * rows), scores(blocks);
+  const Array<std::int32_t> windows(blocks);
+  const Array<T> grad_q(std::size_t(rows) * 32 * 128), grad_k(std::size_t(tokens) * 2 * 128);
+  const ScoreParams score = rig.score_params(nullptr);
+  const AlignParams p{.pages = score.pages,
+                      .batch = score.batch,
+                      .config = score.config,
+                      .heads_q = score.heads_q,
+                      .scale = score.scale,
+                      .q = score.q,
+                      .rows = list_there.data,
+                      .num_rows = rows,
+                      .loss = loss.data,
+                      .norms = norms.data,
+                      .grad_scores = scores.data,
+                      .windows = windows.data};
+  const AlignBackwardParams b{
+      .forward = p, .grad_loss = loss.data, .grad_q = grad_q.data, .grad_k = grad_k.data};
+  const std::size_t there = align::align_bytes(backend, p);
+  const std::size_t back = align::align_backward_bytes(backend, b);
+  const Array<std::byte> workspace(std::max(there, back));
+  const std::span<std::byte> w(workspace.data, workspace.count);
+  const cudaStream_t stream = device_of(backend).stream;
+  const double forward = time_of(stream, [&] { must(align::align(backend, p, w)); });
+  const double backward = time_of(stream, [&] { must(align::align_backward(backend, b, w)); });
+  std::printf("%7d align of %d rows: forward %.3f ms (%.0f MB)  backward %.3f ms (%.0f MB)\n",
+              tokens, rows, forward, double(there) * 1e-6, backward, double(back) * 1e-6);
+}
+
 int run(int argc, char** argv) {
   const bool hopper = argc > 1 && std::string(argv[1]) == "sm90";
   argc -= hopper;
@@ -288,6 +333,10 @@ int run(int argc, char** argv) {
         if (tokens > 0) bench(backend, tokens, keep);
       }
     }
+    return 0;
+  }
+  if (mode == "align") {
+    for (int i = 2; i < argc; ++i) bench_align(backend, std::atoi(argv[i]), 512);
     return 0;
   }
   int bad = 0;
