@@ -20,8 +20,8 @@
 #include "infllm/ops/sampling.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/score_select.h"
-#include "infllm/ops/select_attend.h"
 #include "infllm/ops/select.h"
+#include "infllm/ops/select_attend.h"
 #include "infllm/ops/transformer.h"
 
 namespace infllm {
@@ -81,7 +81,7 @@ struct Kernels {
   Cell<RopeAppendParams> rope_append;  // null: rope, gather and kv_append
   Cell<SwigluParams> swiglu;
   Cell<GatherParams> gather;
-  Cell<InterludeParams> interlude;  // null: linear, rms_norm and swiglu one by one
+  Cell<InterludeParams> interlude;   // null: linear, rms_norm and swiglu one by one
   Cell<TopLogitsParams> top_logits;  // null where the logits are in host memory anyhow
 };
 
