@@ -15,7 +15,7 @@ OUT=$1 TOTAL=$2
 HERE=$(dirname "$0") CONFIG=${3:-$(dirname "$0")/configs/h200.toml}
 START=$(date +%s)
 GPUS=$(nvidia-smi -L | wc -l)
-WORKERS=$(( $(nproc) / GPUS - 1 ))
+WORKERS=$(( $(nproc) / GPUS > 2 ? $(nproc) / GPUS - 1 : 1 ))
 ARMS=(dense sparse aligned)
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}
 mkdir -p "$OUT"
@@ -38,6 +38,8 @@ for processes in "$GPUS" 1; do  # one, should several not work together
     --workers $WORKERS --stretch "${ADAPT_STRETCH:-1}" --deadline "$(at $SHORT)" >> "$OUT/short.log" 2>&1
   tail -n 1 "$OUT/short.log"
 done
+
+[ -e "$OUT/short/run.jsonl" ] || { echo "no pretraining: see $OUT/short.log"; exit 1; }
 
 # A pipe holds the free GPUs.
 rm -f "$OUT/free"; mkfifo "$OUT/free"; exec 3<> "$OUT/free"
@@ -91,6 +93,6 @@ rm -f "$OUT/free"
 cat "$OUT"/*/run.jsonl >> "$OUT/results.jsonl"
 cat "$OUT"/*.eval.log | grep -v '^$'
 for field in text_loss answer_loss; do
-  python3 "$HERE/plot.py" --field $field --out "$OUT/$field.svg" "$OUT"/{short,dense,sparse,aligned}/log.jsonl
+  python3 "$HERE/plot.py" --field $field --out "$OUT/$field.svg" "$OUT"/*/log.jsonl
 done
 say "done"
