@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$PWD/.venv/bin/python
 rm -rf build/wheel
-"$python" -m pip wheel . --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+# Under the name of make's compiler ccache finds make's objects.
+CC=cc CXX=c++ "$python" -m pip wheel . --quiet --disable-pip-version-check --no-build-isolation --no-deps \
   -C cmake.define.INFLLM_CUDA=OFF -w build/wheel
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-index \
   --target build/wheel/site build/wheel/infllm-*.whl
