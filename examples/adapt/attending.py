@@ -3,7 +3,6 @@
 
 import dataclasses
 
-import alignment
 import infllm
 import torch
 import torch.nn.functional as F
@@ -45,7 +44,7 @@ class Attend:
         if self.sparse is not None and not self.sparse.is_sparse_at(self.length):
             self.sparse = None
         self.rows = None if self.rows is None else self.rows.to(self.device)
-        if self.sparse is not None:
+        if self.sparse is not None or self.taught:
             cu = torch.arange(
                 0, self.total + 1, self.length, dtype=torch.int32, device=self.device
             )
@@ -55,9 +54,10 @@ class Attend:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self.taught:
-            self.losses.append(
-                alignment.selection_alignment_loss(q, k, self.rows, self.length, self.config)
+            loss = infllm.selection_alignment_loss(
+                q, k, plan=self.plan, rows=self.rows, sparse_config=self.config
             )
+            self.losses.append(loss.mean())
         if self.sparse is None:
             return dense(q, k, v, self.length)
         return infllm.attention(q, k, v, plan=self.plan, sparse_config=self.sparse)

@@ -17,16 +17,13 @@ pytest.importorskip("safetensors")
 pytest.importorskip("infllm")
 sys.path.insert(0, str(HERE))
 
-import alignment  # noqa: E402
 import documents  # noqa: E402
 import evaluate  # noqa: E402
-import infllm  # noqa: E402
 import numpy as np  # noqa: E402
 import ruler  # noqa: E402
 import settings  # noqa: E402
 import tokenizer  # noqa: E402
 import train  # noqa: E402
-from needle import selection  # noqa: E402
 
 CONFIG = HERE / "configs/smoke.toml"
 
@@ -115,28 +112,6 @@ def test_taught_rows():
     for end in range(128, 513, 128):
         assert set(range(end - 8, end)) <= set(rows)
         assert sum(end - 128 <= row < end for row in rows) == 16
-
-
-@pytest.mark.parametrize("length", (512, 768))
-def test_alignment_loss(length):
-    """Against the definition, row by row, as examples/needle writes it; gradients too."""
-    config = infllm.SparseConfig(window_size=128, topk=4, dense_len=1)
-    torch.manual_seed(length)
-    q, k = (torch.randn(2 * length, h, 16, dtype=torch.float64) for h in (4, 2))
-    rows = train.taught_rows(length, 2 * length, 64, torch.Generator().manual_seed(1))
-    one, two = ([x.clone().requires_grad_() for x in (q, k)] for _ in range(2))
-    loss = alignment.selection_alignment_loss(*one, rows, length, config)
-    loss.backward()
-    plain = selection.SparseConfig(window_size=128, topk=4)
-    expected = 0
-    for i, part in enumerate(rows.view(2, -1).long()):
-        x, y = (t[i * length : (i + 1) * length].transpose(0, 1)[None] for t in two)
-        place = part - i * length
-        expected = expected + selection.alignment_loss(x[:, :, place], y, place, plain) / 2
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)  # float32 inside
-    for a, b in zip(one, two):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4 * float(b.grad.abs().max()))
 
 
 def test_schedule():
