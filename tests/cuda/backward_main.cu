@@ -310,6 +310,7 @@ void bench_align(const Backend& backend, int tokens, int rows) {
   const double backward = time_of(stream, [&] { must(align::align_backward(backend, b, w)); });
   std::printf("%7d align of %d rows: forward %.3f ms (%.0f MB)  backward %.3f ms (%.0f MB)\n",
               tokens, rows, forward, double(there) * 1e-6, backward, double(back) * 1e-6);
+  std::fflush(stdout);
 }
 
 int run(int argc, char** argv) {
