@@ -3,11 +3,12 @@
 
 import dataclasses
 
-import infllm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import infllm
 
 # Dense attention of the baseline: what a PyTorch user has without this project, best first.
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]

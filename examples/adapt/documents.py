@@ -21,7 +21,7 @@ import numpy as np
 import ruler
 import settings
 import text
-from needle import corpus, facts, samples
+from needle import facts, samples
 
 PAD, REST, ANSWER = samples.PAD, samples.REST, samples.ANSWER
 WORD = re.compile(r"\b[a-z]{4,9}\b")

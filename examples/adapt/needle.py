@@ -6,11 +6,11 @@ import sys
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "needle"))
 
-import corpus  # noqa: E402, F401
-import facts  # noqa: E402, F401
-import samples  # noqa: E402, F401
-import make_tokenizer  # noqa: E402, F401
-import optimizer  # noqa: E402, F401
-import selection  # noqa: E402, F401
-import export  # noqa: E402, F401
-import model  # noqa: E402, F401
+import corpus  # noqa: F401
+import export  # noqa: F401
+import facts  # noqa: F401
+import make_tokenizer  # noqa: F401
+import model  # noqa: F401
+import optimizer  # noqa: F401
+import samples  # noqa: F401
+import selection  # noqa: F401

@@ -15,10 +15,11 @@ import json
 import math
 import pathlib
 
-import infllm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import infllm
 
 
 @dataclasses.dataclass(frozen=True)

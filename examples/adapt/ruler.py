@@ -161,8 +161,8 @@ class Tasks:
     def needles(self, task, room, count, turns):
         """A document of facts alone, about `room` tokens of them; `turns` of them are asked."""
         kind, say = ("number", number_fact) if task == "multi_key_2" else ("code", code_fact)
-        pairs, lines = {}, []
-        while not lines or len(lines) < room / cost:
+        pairs, lines, cost = {}, [], 1.0  # cost: tokens a line, by the first eight
+        while len(lines) < room / cost:
             name, value = self.code(), self.code()
             if kind == "number":
                 words = self.rng.choice(facts.FIRST_WORDS), self.rng.choice(facts.SECOND_WORDS)
@@ -179,7 +179,7 @@ class Tasks:
         return Draw([], [ask_one(task, kind, str(n), pairs[str(n)]) for n in chosen], lines)
 
     def common(self, room):
-        """Ten words 30 times each, others 3 times each (10 and 1 below 2048 tokens)."""
+        """Ten words 30 times each, others 3 times each; in short lists less often."""
         often, seldom = (30, 3) if room >= 2048 else (max(4, room // 64), 1)
         vocabulary = self.rng.permutation(self.words)
         entries = int(room / 1.9)

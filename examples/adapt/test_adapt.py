@@ -17,13 +17,13 @@ pytest.importorskip("safetensors")
 pytest.importorskip("infllm")
 sys.path.insert(0, str(HERE))
 
-import documents  # noqa: E402
-import evaluate  # noqa: E402
-import numpy as np  # noqa: E402
-import ruler  # noqa: E402
-import settings  # noqa: E402
-import tokenizer  # noqa: E402
-import train  # noqa: E402
+import documents
+import evaluate
+import numpy as np
+import ruler
+import settings
+import tokenizer
+import train
 
 CONFIG = HERE / "configs/smoke.toml"
 

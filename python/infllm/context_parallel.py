@@ -33,7 +33,6 @@ from infllm.config import SparseConfig
 from infllm.plan import Plan as LocalPlan
 from infllm.plan import make_plan
 
-
 # Newer torch calls them by the first name and warns at the second.
 _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 _reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor

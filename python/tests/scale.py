@@ -16,13 +16,14 @@ import json
 import os
 import sys
 
-import infllm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from infllm import context_parallel
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+
+import infllm
+from infllm import context_parallel
 
 SPARSE = infllm.SparseConfig(window_size=128, topk=6, dense_len=512)
 
