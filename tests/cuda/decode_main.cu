@@ -170,6 +170,7 @@ std::vector<Shape> shapes(bool tiny) {
     all.push_back(std::move(s));
   };
   if (tiny) {
+    add({.lengths = {385, 1000}, .heads_q = 8, .config = small_config()}, "tiny_few");
     add({.lengths = few, .heads_q = 8, .config = small_config()}, "tiny_d128");
     add({.lengths = few,
          .heads_q = 2,
@@ -219,6 +220,33 @@ std::vector<Shape> shapes(bool tiny) {
   add(s, "edges_no_window");
   s.config.topk = 1;
   add(s, "edges_budget_1");
+  // Few rows, so that many thread blocks share one.
+  for (const int group : {1, 4, 7, 16}) {
+    for (const auto& lengths :
+         {std::vector<std::int32_t>{385}, {449, 2049}, {0, 64, 33, 400}, {31, 6209, 1}}) {
+      add({.lengths = lengths, .heads_q = 2 * group, .config = small_config()},
+          "few_" + std::to_string(lengths.size()) + "_g" + std::to_string(group));
+    }
+    add({.lengths = {3000, 20001},
+         .heads_q = group,
+         .heads_kv = 1,
+         .head_dim = 64,
+         .dtype = DType::kF16,
+         .config = small_config()},
+        "few_g" + std::to_string(group) + "_d64_f16");
+  }
+  s = {.lengths = {9000, 500, 40000}, .heads_q = 8, .config = small_config()};
+  s.config.lse_source = LseSource::kFine;
+  add(s, "few_fine_lse");
+  s.config = small_config();
+  s.config.init_blocks = 0;
+  s.config.legacy_window = true;
+  add(s, "few_no_sink");
+  s.content = Content::kRepeatedKeys;
+  add(s, "few_ties");
+  s = {.lengths = {9000, 500, 40000}};
+  s.config.dense_len = 8192;
+  add(s, "few_mixed");
   // The released numbers.
   s = {.lengths = {6143, 6144, 6145, 6208, 6209, 8191, 8192, 8193, 300, 0, 12345, 16384, 31000}};
   add(s, "released");

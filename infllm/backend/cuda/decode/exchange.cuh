@@ -65,20 +65,30 @@ __device__ __forceinline__ bool is_there(uint4 words) {
   return is_there(words.x) && is_there(words.y) && is_there(words.z) && is_there(words.w);
 }
 
-// Waits for up to kMost cells, all of them at once: number i < count at cells + i * stride.
+// Up to kMost cells, all of them at once: number i < count at cells + i * stride.
+template <int kMost, typename Words>
+__device__ __forceinline__ void look_at(const std::uint32_t* cells, std::int64_t stride, int count,
+                                        Words (&words)[kMost]) {
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (i < count) look(cells + i * stride, words[i]);
+  }
+}
+template <int kMost, typename Words>
+__device__ __forceinline__ bool are_there(int count, const Words (&words)[kMost]) {
+  bool all = true;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) all &= i >= count || is_there(words[i]);
+  return all;
+}
+
+// Waits for them.
 template <int kMost, typename Words>
 __device__ __forceinline__ void take(const std::uint32_t* cells, std::int64_t stride, int count,
                                      Words (&words)[kMost]) {
-  bool all_there;
   do {
-    all_there = true;
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (i < count) look(cells + i * stride, words[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) all_there &= i >= count || is_there(words[i]);
-  } while (!all_there);
+    look_at(cells, stride, count, words);
+  } while (!are_there(count, words));
 }
 
 }  // namespace infllm::cuda::decode

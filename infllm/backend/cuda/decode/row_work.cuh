@@ -3,8 +3,9 @@
 // What a row of the fused step has to read, as one list of items that are shared out among all its
 // warps: an item is 32 rows of the cache, which fill one stage of a warp's ring.
 //
-//   normalise  32 coarse windows          score  32 fine windows, which are those of 8 blocks
+//   normalise  32 coarse windows
 //   forced     16 tokens of a forced block, keys and values
+//   score      32 fine windows, which are those of 8 blocks
 //   free       16 tokens of a chosen block, keys and values
 //
 // The list is dealt out round by round over all warps, whatever the items are, so that nobody has
@@ -21,7 +22,7 @@ inline constexpr int kItemRows = 32;
 inline constexpr int kItemBlocks = kItemRows / kFineRows;  // of an item that scores
 inline constexpr int kBlockItems = kPageTokens / kSliceTokens;
 
-enum Kind : int { kNormalise, kScore, kForced, kFree };
+enum Kind : int { kNormalise, kForced, kScore, kFree };
 inline constexpr int kKinds = 4;
 
 // A warp's items, numbered 0, 1, ... in the order of the kinds.
@@ -49,13 +50,15 @@ struct WarpShare {
     return static_cast<int>((static_cast<float>(n) + 0.5f) * inverse);
   }
 
-  // The end of the items of the order's kinds up to number `turn`.
-  __device__ __forceinline__ int end_of(int turn) const {
-    return turn == 0 ? +ends[0] : turn == 1 ? +ends[1] : turn == 2 ? +ends[2] : +ends[3];
+  // The end of the items of kinds up to `kind`.
+  __device__ __forceinline__ int end_of(Kind kind) const {
+    return kind == kNormalise ? +ends[0]
+           : kind == kForced  ? +ends[1]
+           : kind == kScore   ? +ends[2]
+                              : +ends[3];
   }
-  // Which of the order's kinds item n is of.
-  __device__ __forceinline__ int turn(int n) const {
-    return n < ends[0] ? 0 : n < ends[1] ? 1 : n < ends[2] ? 2 : 3;
+  __device__ __forceinline__ Kind kind(int n) const {
+    return n < ends[0] ? kNormalise : n < ends[1] ? kForced : n < ends[2] ? kScore : kFree;
   }
   // Its number among the row's items of that kind.
   __device__ __forceinline__ int index(int n) const {

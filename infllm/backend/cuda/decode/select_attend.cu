@@ -7,6 +7,7 @@
 #include "infllm/backend/cuda/decode/exchange.cuh"
 #include "infllm/backend/cuda/decode/merge.cuh"
 #include "infllm/backend/cuda/decode/normaliser.cuh"
+#include "infllm/backend/cuda/decode/part_results.cuh"
 #include "infllm/backend/cuda/decode/row_work.cuh"
 #include "infllm/backend/cuda/decode/score_select.h"
 #include "infllm/backend/cuda/decode/select_attend.h"
@@ -19,14 +20,11 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMinParts = 16;  // of a row: with fewer, clusters are as fast or faster
-constexpr int kMaxParts = 32;  // leaves multiprocessors to the kernel behind, which prepares itself
+// Leaves multiprocessors to the kernel behind, which prepares itself meanwhile.
+constexpr int kMaxParts = kMaxResultParts;
 constexpr int kMaxColumns = 512;
 constexpr int kMaxKeys = 1 << 19;
-constexpr int kFewBlocks = 4096;  // whose keys have a place of their own beside the rings
-constexpr int kFewParts = 12;     // of a row: memory is busy, let it work while blocks are chosen
 constexpr int kPrefetchedItems = 12;  // of a warp, before its turn
-constexpr int kMaxOutputs = kRowHeads * 128;
-constexpr int kMaxTotals = 128;  // words: of each reader's heads
 
 struct Args {
   PagePool pool;
@@ -43,13 +41,11 @@ struct Args {
   int init_blocks;
   int local_blocks;
   bool fine_normaliser;
-  // Choose while forced blocks are on their way, instead of attending to them first.
-  bool late_forced;
   // What parts tell each other; kNothing everywhere between two launches. Words with many readers
   // are cleared by their writer, who knows that all have read them when all have answered; words
   // with one reader by that one.
   std::uint32_t* normalisers;  // [rows][16][parts]
-  std::uint32_t* results;      // [rows][parts][kMaxOutputs, kMaxTotals]
+  std::uint32_t* results;      // of PartResults, [rows][parts]
   std::uint32_t* keys;         // [rows][key_stride], packed
   int key_stride;
 };
@@ -61,10 +57,13 @@ struct Shared {
 
   union {
     Ring rings[kWarps];
-    std::uint32_t many_keys[kMaxCandidates];  // while the rings are empty
-    WarpResults<kDim, kWarps> results;        // when they are done with
+    std::uint32_t keys[kMaxCandidates];  // while the rings are empty
+    WarpResults<kDim, kWarps> warps;     // when they are done with
   };
-  alignas(16) std::uint32_t few_keys[kFewBlocks];
+  union {
+    const T* first_rows[kWarps][kStages][kItemRows];  // of each warp's first items
+    typename PartResults<kDim, kThreads>::Shared parts;
+  };
   alignas(16) T q[2][kRowHeads * kDim];  // to score with, to attend with
   float2 of_warps[kWarps][kRowHeads];    // normalisers
   float lse[kRowHeads];
@@ -79,6 +78,7 @@ class Part {
   using S = Shared<T, kDim>;
   using Ring = typename S::Ring;
   static constexpr int kStages = S::kStages;
+  using Results = PartResults<kDim, kThreads>;
 
   __device__ __forceinline__ Part(const Args& args, const Sequence& sequence, S& shared)
       : a_(args),
@@ -99,11 +99,9 @@ class Part {
                                          : Windows{args.pool.map.coarse(head_kv_), kCoarseShift,
                                                    coarse_windows(sequence.length)}),
         counts_{forced_.free == 0 ? 0 : (normaliser_.end + kItemRows - 1) / kItemRows,
-                args.late_forced ? score_items() : kBlockItems * forced_.count(),
-                args.late_forced ? kBlockItems * forced_.count() : score_items(),
-                kBlockItems * forced_.free},
+                kBlockItems * forced_.count(), score_items(), kBlockItems * forced_.free},
         share_(counts_, part_ + parts_ * warp_, parts_ * kWarps),
-        limit_(share_.ends[2]) {}
+        limit_(share_.ends[kScore]) {}
 
   // What needs only the batch's arrays: where the first rows are.
   __device__ __forceinline__ void prepare() {
@@ -128,24 +126,19 @@ class Part {
     // One instance of the loop over items: code that runs once costs what it takes to fetch it.
 #pragma unroll 1
     for (int turn = 0; turn < kKinds; ++turn) {
-      const Kind kind = kind_of(turn);
-      int end = share_.end_of(turn);
-      if (kind == kForced && a_.late_forced && forced_.free > 0) {
-        end = max(used_, end - (kStages - 1));  // the rest is on its way meanwhile
-      }
+      const Kind kind = static_cast<Kind>(turn);
       if (kind == kScore) gather_normalisers();
       if (kind == kFree && forced_.free > 0) {
         choose();
-        limit_ = share_.ends[3];
+        limit_ = share_.ends[kFree];
       }
       if (!same_queries) {
         attention_.template load_queries<Ring>(shared_.q[kind == kForced || kind == kFree]);
       }
-      work(kind, end);
+      work(kind, share_.end_of(kind));
       if (kind == kNormalise) publish_normalisers();
     }
     merge();
-    if (part_ == 0 && sequence_.sparse) write_selection();
     clear_cells();
   }
 
@@ -157,18 +150,10 @@ class Part {
   __device__ __forceinline__ int score_items() const {
     return forced_.free == 0 ? 0 : (candidates_end() + kItemBlocks - 1) / kItemBlocks;
   }
-  __device__ __forceinline__ Kind kind_of(int turn) const {
-    if (turn == 0) return kNormalise;
-    if (turn == 3) return kFree;
-    return (turn == 1) == a_.late_forced ? kScore : kForced;
-  }
   __device__ __forceinline__ std::uint32_t* normaliser_cell(int head, int part) const {
     return a_.normalisers + (row_ * kRowHeads + head) * parts_ + part;
   }
   __device__ __forceinline__ std::uint32_t* keys() const { return a_.keys + row_ * a_.key_stride; }
-  __device__ __forceinline__ std::uint32_t* results(int part) const {
-    return a_.results + (row_ * parts_ + part) * (kMaxOutputs + kMaxTotals);
-  }
 
   // Sixteen heads, a piece a thread; zeros for heads that do not exist.
   __device__ __forceinline__ uint4 load_queries(const void* from) const {
@@ -188,7 +173,7 @@ class Part {
   // Where this lane's row of item n is; null: nowhere.
   __device__ __forceinline__ const T* look_up(int n) const {
     const int index = share_.index(n);
-    const Kind kind = kind_of(share_.turn(n));
+    const Kind kind = share_.kind(n);
     if (kind == kNormalise || kind == kScore) {
       const Windows windows = kind == kScore ? fine_ : normaliser_;
       const int window = index * kItemRows + lane_;
@@ -211,7 +196,7 @@ class Part {
 
   // Where prepare() left the answers of the first look-ups: the keys come later.
   __device__ __forceinline__ const T*& first_row(int n) const {
-    return reinterpret_cast<const T**>(shared_.few_keys)[(warp_ * kStages + n) * 32 + lane_];
+    return shared_.first_rows[warp_][n][lane_];
   }
 
   // Fills all stages that are free.
@@ -219,7 +204,7 @@ class Part {
 #pragma unroll 1
     for (; ahead_ < min(limit_, used_ + kStages); ++ahead_) {
       const T* row =
-          ahead_ < min(kStages, share_.ends[2]) ? first_row(ahead_) : look_up(ahead_);
+          ahead_ < min(kStages, share_.ends[kScore]) ? first_row(ahead_) : look_up(ahead_);
       shared_.rings[warp_].gather(ahead_ % kStages, row, static_cast<const T*>(a_.q));
       tile::cp_async_commit();
     }
@@ -230,10 +215,8 @@ class Part {
     if (threadIdx.x < kRowHeads) {
       publish(normaliser_cell(static_cast<int>(threadIdx.x), part_), kNothing);
     }
-    const int begin = a_.late_forced ? share_.ends[0] : share_.ends[1];
-    const int end = a_.late_forced ? share_.ends[1] : share_.ends[2];
 #pragma unroll 1
-    for (int n = begin; n < end; ++n) {
+    for (int n = share_.ends[kForced]; n < share_.ends[kScore]; ++n) {
       if (lane_ < kItemBlocks) publish(keys() + share_.index(n) * kItemBlocks + lane_, kNothing);
     }
   }
@@ -379,9 +362,12 @@ class Part {
   // Every part makes the whole list, to save handing it round.
   __device__ __forceinline__ void choose() {
     const int blocks = candidates_end();
-    const bool few = blocks <= kFewBlocks;
-    if (!few) __syncthreads();  // the rings are empty, and so everybody sees them
-    std::uint32_t* here = few ? shared_.few_keys : shared_.many_keys;
+    if (blocks > 2 * kThreads && blocks <= 8 * kThreads) {
+      choose_in_registers(blocks);
+      return;
+    }
+    __syncthreads();  // the rings are empty, and so everybody sees them
+    std::uint32_t* here = shared_.keys;
     constexpr int kAtOnce = 2;
     const int pieces = (blocks + 3) / 4;
     for (int i = static_cast<int>(threadIdx.x); i < pieces; i += kAtOnce * kThreads) {
@@ -395,6 +381,44 @@ class Part {
     }
     __syncthreads();
     choose_blocks<kThreads>(here, a_.init_blocks, blocks, forced_.free, kBf16KeyBits,
+                            shared_.select, shared_.list);
+    __syncthreads();
+  }
+
+  // With all keys in registers, as worth the code for about 128K tokens.
+  __device__ __forceinline__ void choose_in_registers(int blocks) {
+    const int first = 4 * static_cast<int>(threadIdx.x);
+    const int count = first >= blocks ? 0 : first + 4 * kThreads >= blocks ? 1 : 2;
+    const int count_before = lane_ == 0 ? count : 0;  // the others ask their neighbours
+    // The page table into L1 meanwhile: the chosen blocks' pages are asked for next.
+    for (int i = 0; i < count; ++i) {
+      std::int32_t page;
+      asm volatile("ld.global.ca.b32 %0, [%1];"
+                   : "=r"(page)
+                   : "l"(sequence_.table + first + 4 * i * kThreads));
+    }
+    uint4 words[2] = {};
+    std::uint32_t before[2] = {};
+    bool all_there;
+    do {
+      look_at(keys() + first, 4 * kThreads, count, words);
+      if (count_before > 0) look(keys() + max(first - 1, 0), before[0]);  // 0 has no neighbour
+      if (count_before > 1) look(keys() + first - 1 + 4 * kThreads, before[1]);
+      all_there = are_there(count, words) && are_there(count_before, before);
+    } while (!all_there);
+    std::uint32_t found[2][4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const std::uint32_t neighbour = __shfl_up_sync(kAllLanes, words[j].w, 1);
+      if (lane_ > 0) before[j] = neighbour;
+      if (j == 0 && first == 0) before[0] = 0;
+      // The last window of a block overlaps the next one.
+      found[j][0] = max(words[j].x >> 16, before[j] & 0xffff);
+      found[j][1] = max(words[j].y >> 16, words[j].x & 0xffff);
+      found[j][2] = max(words[j].z >> 16, words[j].y & 0xffff);
+      found[j][3] = max(words[j].w >> 16, words[j].z & 0xffff);
+    }
+    choose_blocks<kThreads>(found, a_.init_blocks, blocks, forced_.free, kBf16KeyBits,
                             shared_.select, shared_.list);
     __syncthreads();
   }
@@ -415,119 +439,19 @@ class Part {
     }
   }
 
-  // Warps' results, then parts'. A part puts together a share of the outputs of all of them; its
-  // units are four outputs each.
+  // Warps' results, then parts'.
   __device__ __forceinline__ void merge() {
     __syncthreads();  // the rings are done with
-    shared_.results.put(attention_, warp_);
+    shared_.warps.put(attention_, warp_);
     __syncthreads();
-    std::uint32_t* mine = results(part_);
-    const int units = group_ * kDim / 4;
-    const int most = (units + parts_ - 1) / parts_;  // of a part
-    const int heads = heads_of(most);
-    shared_.results.merge(
-        [&](int head, int d, float4 o) {
-          if (head < group_) publish(mine + head * kDim + d, o);
-        },
-        [&](int head, float top, float sum) {
-          if (head >= group_) return;
-          // To everybody who needs it, a copy of his own.
-          const int last = reader_of((head + 1) * kHeadUnits - 1, units);
-          for (int r = reader_of(head * kHeadUnits, units); r <= last; ++r) {
-            publish(
-                mine + kMaxOutputs + 2 * (r * heads + head - share(units, r, parts_) / kHeadUnits),
-                make_float2(top, sum));
-          }
-        });
-    gather_results(units, most, heads);
-  }
-
-  static constexpr int kHeadUnits = kDim / 4;
-  // Heads that so many units can belong to.
-  __device__ __forceinline__ static int heads_of(int units) {
-    return (units + kHeadUnits - 2) / kHeadUnits + 1;
-  }
-  // The part that puts a unit together.
-  __device__ __forceinline__ int reader_of(int unit, int units) const {
-    return ((unit + 1) * parts_ + units - 1) / units - 1;
-  }
-
-  // A soft-max result that is being put together.
-  struct Result {
-    __device__ __forceinline__ void add(float other_top, float other_sum, float4 other) {
-      const float largest = fmaxf(top, other_top);
-      const float base = largest == -kInfinity ? 0 : largest;
-      const float mine = tile::fast_exp2(top - base);
-      const float its = tile::fast_exp2(other_top - base);
-      top = largest;
-      sum = mine * sum + its * other_sum;
-      o.x = mine * o.x + its * other.x;
-      o.y = mine * o.y + its * other.y;
-      o.z = mine * o.z + its * other.z;
-      o.w = mine * o.w + its * other.w;
-    }
-
-    float top = -kInfinity;
-    float sum = 0;
-    float4 o = {};
-  };
-
-  // Neighbouring threads have neighbouring units of one part's results; `lanes` of them all units.
-  __device__ __forceinline__ void gather_results(int units, int most, int heads) {
-    int lanes = 1;
-    while (lanes < most) lanes *= 2;
-    const int groups = kThreads / lanes;
-    const int thread = static_cast<int>(threadIdx.x);
-    const int group = thread / lanes;
-    const int first = share(units, part_, parts_);
-    const int end = share(units, part_ + 1, parts_);
-    const int unit = first + thread % lanes;
-    constexpr int kMost = 4;  // of a thread: parts <= 4 groups
-    const int count = unit < end ? (parts_ - group + groups - 1) / groups : 0;
-    std::uint32_t* outputs = results(group) + 4 * unit;
-    std::uint32_t* totals =
-        results(group) + kMaxOutputs + 2 * (part_ * heads + unit / kHeadUnits - first / kHeadUnits);
-    const int stride = groups * (kMaxOutputs + kMaxTotals);
-    uint2 total[kMost];
-    uint4 o[kMost];
-    take(totals, stride, count, total);
-    take(outputs, stride, count, o);
-    Result all;
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (i >= count) continue;
-      all.add(__uint_as_float(total[i].x), __uint_as_float(total[i].y),
-              make_float4(__uint_as_float(o[i].x), __uint_as_float(o[i].y), __uint_as_float(o[i].z),
-                          __uint_as_float(o[i].w)));
-    }
-#pragma unroll 1
-    for (int step = lanes; step < 32; step *= 2) {
-      all.add(__shfl_xor_sync(kAllLanes, all.top, step), __shfl_xor_sync(kAllLanes, all.sum, step),
-              make_float4(__shfl_xor_sync(kAllLanes, all.o.x, step),
-                          __shfl_xor_sync(kAllLanes, all.o.y, step),
-                          __shfl_xor_sync(kAllLanes, all.o.z, step),
-                          __shfl_xor_sync(kAllLanes, all.o.w, step)));
-    }
-    // The keys are done with.
-    auto* met_o = reinterpret_cast<float4*>(shared_.few_keys);
-    auto* met_total = reinterpret_cast<float2*>(met_o + kThreads);
-    met_o[thread] = all.o;
-    met_total[thread] = make_float2(all.top, all.sum);
-    __syncthreads();
-    // Nobody else read these; all threads of a group that shared a total have it.
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (i >= count) continue;
-      publish(outputs + i * stride, make_uint4(kNothing, kNothing, kNothing, kNothing));
-      publish(totals + i * stride, make_uint2(kNothing, kNothing));
-    }
-    if (thread >= end - first) return;
-    all = {};
-#pragma unroll 1
-    for (int i = thread; i < kThreads; i += max(lanes, 32)) {
-      all.add(met_total[i].x, met_total[i].y, met_o[i]);
-    }
-    store(unit / kHeadUnits, unit % kHeadUnits * 4, all.o, all.top, all.sum);
+    const Results results(a_.results + row_ * parts_ * Results::kWords, part_, parts_, group_);
+    shared_.warps.merge(
+        [&](int head, int d, float4 o) { results.publish_outputs(head, d, o); },
+        [&](int head, float top, float sum) { results.publish_total(head, top, sum); });
+    if (part_ == 0 && sequence_.sparse) write_selection();  // while the others' results come
+    results.gather(shared_.parts, [&](int head, int d, const SoftMaxResult& all) {
+      store(head, d, all.o, all.top, all.sum);
+    });
   }
 
   __device__ __forceinline__ void store(int head, int d, float4 o, float top, float sum) const {
@@ -612,7 +536,7 @@ Status launch_rows(const Device& device, const Sizes& sizes, const Args& args) {
 }  // namespace
 
 std::size_t exchange_words(int sm_count) {
-  return std::size_t{kRowHeads + kMaxOutputs + kMaxTotals} * sm_count + kMaxKeys;
+  return std::size_t{kRowHeads + kPartWords} * sm_count + kMaxKeys;
 }
 
 bool select_attends(const Backend& backend, const SelectAttendParams& p) {
@@ -643,10 +567,9 @@ Status select_attend(const Backend& backend, const SelectAttendParams& p, std::s
                   .init_blocks = config.init_blocks,
                   .local_blocks = config.local_blocks(),
                   .fine_normaliser = config.lse_source == LseSource::kFine,
-                  .late_forced = sizes.parts <= kFewParts && p.choose.select.blocks() <= kFewBlocks,
                   .normalisers = device.exchange,
                   .results = results,
-                  .keys = results + (kMaxOutputs + kMaxTotals) * device.sm_count,
+                  .keys = results + kPartWords * device.sm_count,
                   .key_stride = sizes.key_stride};
   return with_type(p.attend.pages.layout.dtype, [&](auto type) {
     using T = decltype(type);

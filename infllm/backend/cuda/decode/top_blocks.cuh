@@ -58,6 +58,54 @@ __device__ __forceinline__ BlockKeys load_keys(const std::uint32_t* keys, int bl
   return {keys[block] >> 16, keys[block] & 0xffff};
 }
 
+// The largest number that at least `need` keys reach; leaves in `need` how many of those that equal
+// it belong to them. By all threads; each(visit) calls visit(key) for those of one thread.
+template <int kThreads, typename Each>
+__device__ __forceinline__ std::uint32_t kth_largest(const Each& each, int key_bits, int& need,
+                                                     TopBlocksShared<kThreads>& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  std::uint32_t known = 0;  // the digits above `shift + 8`
+  int digit = 0;
+#pragma unroll 1
+  for (int shift = key_bits - 8; shift > -8; shift -= 8, ++digit) {
+    const int low = max(shift, 0);  // the last digit may overlap the one before: it agrees
+    std::uint32_t(&counts)[256] = shared.counts[digit];
+    each([&](std::uint32_t key) {
+      if (digit == 0 || key >> (shift + 8) == known) atomicAdd(&counts[key >> low & 0xff], 1u);
+    });
+    __syncthreads();
+    // Every warp looks for the value of this digit: a lane has eight, lane 31 the largest.
+    const uint4 first = reinterpret_cast<const uint4*>(counts)[2 * lane];
+    const uint4 second = reinterpret_cast<const uint4*>(counts)[2 * lane + 1];
+    const std::uint32_t value[8] = {first.x,  first.y,  first.z,  first.w,
+                                    second.x, second.y, second.z, second.w};
+    std::uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += value[i];
+    std::uint32_t reached = sum;  // keys with at least this lane's values
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const std::uint32_t above = __shfl_down_sync(kAllLanes, reached, step);
+      if (lane + step < 32) reached += above;
+    }
+    std::uint32_t above = reached - sum;
+    int found = 8 * lane + 7;
+#pragma unroll
+    for (int i = 7; i > 0; --i) {
+      if (above + value[i] < static_cast<std::uint32_t>(need) && found == 8 * lane + i) {
+        above += value[i];
+        --found;
+      }
+    }
+    const unsigned enough = __ballot_sync(kAllLanes, reached >= static_cast<std::uint32_t>(need));
+    const int owner = 31 - __clz(enough);
+    need -= static_cast<int>(__shfl_sync(kAllLanes, above, owner));
+    known = (low == 0 && shift < 0 ? known >> -shift << 8 : known << 8) |
+            static_cast<std::uint32_t>(__shfl_sync(kAllLanes, found, owner));
+  }
+  return known;
+}
+
 template <int kThreads, typename Keys>  // BlockKeys, or packed ones
 class TopBlocks {
  public:
@@ -75,7 +123,12 @@ class TopBlocks {
 
   __device__ __forceinline__ void choose(int need, int key_bits, std::int32_t* out) {
     int wanted_equals = need;
-    const std::uint32_t least = kth_largest(key_bits, wanted_equals);
+    const std::uint32_t least = kth_largest(
+        [&](const auto& visit) {
+#pragma unroll 2
+          for (int i = begin_ + lane_; i < end_; i += 32) visit(load(i));
+        },
+        key_bits, wanted_equals, shared_);
     std::uint32_t above = 0;  // of this warp
     std::uint32_t equal = 0;
 #pragma unroll 2
@@ -119,53 +172,6 @@ class TopBlocks {
     return block > 0 ? max(best, load_keys(keys_, block - 1).last) : best;
   }
 
-  // The largest number that at least `need` keys reach; leaves in `need` how many of those that
-  // equal it belong to them.
-  __device__ __forceinline__ std::uint32_t kth_largest(int key_bits, int& need) {
-    std::uint32_t known = 0;  // the digits above `shift + 8`
-    int digit = 0;
-#pragma unroll 1
-    for (int shift = key_bits - 8; shift > -8; shift -= 8, ++digit) {
-      const int low = max(shift, 0);  // the last digit may overlap the one before: it agrees
-      std::uint32_t(&counts)[256] = shared_.counts[digit];
-#pragma unroll 2
-      for (int i = begin_ + lane_; i < end_; i += 32) {
-        const std::uint32_t key = load(i);
-        if (digit == 0 || key >> (shift + 8) == known) atomicAdd(&counts[key >> low & 0xff], 1u);
-      }
-      __syncthreads();
-      // Every warp looks for the value of this digit: a lane has eight, lane 31 the largest.
-      const uint4 first = reinterpret_cast<const uint4*>(counts)[2 * lane_];
-      const uint4 second = reinterpret_cast<const uint4*>(counts)[2 * lane_ + 1];
-      const std::uint32_t value[8] = {first.x,  first.y,  first.z,  first.w,
-                                      second.x, second.y, second.z, second.w};
-      std::uint32_t sum = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum += value[i];
-      std::uint32_t reached = sum;  // keys with at least this lane's values
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const std::uint32_t above = __shfl_down_sync(kAllLanes, reached, step);
-        if (lane_ + step < 32) reached += above;
-      }
-      std::uint32_t above = reached - sum;
-      int found = 8 * lane_ + 7;
-#pragma unroll
-      for (int i = 7; i > 0; --i) {
-        if (above + value[i] < static_cast<std::uint32_t>(need) && found == 8 * lane_ + i) {
-          above += value[i];
-          --found;
-        }
-      }
-      const unsigned enough = __ballot_sync(kAllLanes, reached >= static_cast<std::uint32_t>(need));
-      const int owner = 31 - __clz(enough);
-      need -= static_cast<int>(__shfl_sync(kAllLanes, above, owner));
-      known = (low == 0 && shift < 0 ? known >> -shift << 8 : known << 8) |
-              static_cast<std::uint32_t>(__shfl_sync(kAllLanes, found, owner));
-    }
-    return known;
-  }
-
   const Keys* const keys_;
   Shared& shared_;
   const int warp_, lane_;
@@ -178,6 +184,64 @@ __device__ __forceinline__ void choose_blocks(const Keys* keys, int first, int e
                                               int key_bits, TopBlocksShared<kThreads>& shared,
                                               std::int32_t* out) {
   TopBlocks<kThreads, Keys>(keys, first, end, shared).choose(need, key_bits, out);
+}
+
+// The same for candidates that a thread has in registers: keys[j][c] is of block
+// 4 (j kThreads + thread) + c, if that is one of first .. end - 1.
+template <int kThreads>
+__device__ __forceinline__ void choose_blocks(const std::uint32_t (&keys)[2][4], int first, int end,
+                                              int need, int key_bits,
+                                              TopBlocksShared<kThreads>& shared,
+                                              std::int32_t* out) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto block = [&](int j, int c) { return 4 * (j * kThreads + thread) + c; };
+  const auto is_candidate = [&](int j, int c) { return block(j, c) >= first && block(j, c) < end; };
+  int wanted_equals = need;
+  const std::uint32_t least = kth_largest(
+      [&](const auto& visit) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (is_candidate(i / 4, i % 4)) visit(keys[i / 4][i % 4]);
+        }
+      },
+      key_bits, wanted_equals, shared);
+  // Bytes: above and equal of keys[0], above and equal of keys[1]; of a warp at most 128 each.
+  std::uint32_t mine = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const std::uint32_t key = keys[i / 4][i % 4];
+    if (is_candidate(i / 4, i % 4) && key >= least)
+      mine += 1u << (i / 4 * 16 + (key == least ? 8 : 0));
+  }
+  std::uint32_t sum = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const std::uint32_t left = __shfl_up_sync(kAllLanes, sum, step);
+    if (thread % 32 >= step) sum += left;
+  }
+  if (thread % 32 == 31) shared.above[thread / 32] = sum;
+  __syncthreads();
+  const std::uint32_t before = sum - mine;
+  int above[2] = {static_cast<int>(before & 0xff), static_cast<int>(before >> 16 & 0xff)};
+  int equal[2] = {static_cast<int>(before >> 8 & 0xff), static_cast<int>(before >> 24)};
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    const std::uint32_t total = shared.above[w];
+    const bool left = w < thread / 32;
+    above[0] += left ? static_cast<int>(total & 0xff) : 0;
+    equal[0] += left ? static_cast<int>(total >> 8 & 0xff) : 0;
+    above[1] += static_cast<int>(total & 0xff) + (left ? static_cast<int>(total >> 16 & 0xff) : 0);
+    equal[1] += static_cast<int>(total >> 8 & 0xff) + (left ? static_cast<int>(total >> 24) : 0);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const std::uint32_t key = keys[i / 4][i % 4];
+    if (!is_candidate(i / 4, i % 4) || key < least) continue;
+    if (key > least || equal[i / 4] < wanted_equals) {
+      out[above[i / 4] + min(equal[i / 4], wanted_equals)] = block(i / 4, i % 4);
+    }
+    (key > least ? above[i / 4] : equal[i / 4]) += 1;
+  }
 }
 
 }  // namespace infllm::cuda::decode
