@@ -20,7 +20,6 @@
 #include "infllm/ops/sampling.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/score_select.h"
-#include "infllm/ops/select_attend.h"
 #include "infllm/ops/select.h"
 #include "infllm/ops/select_attend.h"
 #include "infllm/ops/transformer.h"

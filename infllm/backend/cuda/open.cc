@@ -138,7 +138,6 @@ Kernels hopper() {
   table.name = kType == DType::kF16 ? "sm90:f16" : "sm90";
   table.score_select = {&hopper_score_select, &hopper_score_select_bytes, &hopper_score_selects};
   table.attend = {&hopper_attend, &hopper_attend_bytes};
-  table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
   table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
   table.linear = {&hopper_linear, &hopper_linear_bytes};
