@@ -182,31 +182,9 @@ void probe_layers(const Backend& backend, int layers, double peak) {
     INFLLM_TRY(swiglu(backend, {.tokens = 1, .width = kWide, .x = wide, .y = gated}, {}));
     return multiply(w[3], gated, hidden, true);
   };
-  const auto report = [&](const char* how, const std::function<Status(int)>& steps) {
-    const double us = time(device_of(backend), layers, steps);
-    const double share = static_cast<double>(bytes) / layers / us / 1e6 / peak * 100;
-    std::printf("a layer's four products, two norms and SwiGLU, %s: %.2f us %.1f%%\n", how, us,
-                share);
-  };
-  report("one by one", layer);
-  // The chain goes from one layer's second product to the next one's first.
-  report("as interludes", [&](int i) -> Status {
-    const LinearWeight* w = &weights[4 * static_cast<std::size_t>(i)];
-    return sm90::interlude(backend,
-                           {.tokens = 1,
-                            .o = &w[1],
-                            .gate_up = &w[2],
-                            .down = &w[3],
-                            .next = &weights[4 * static_cast<std::size_t>((i + 1) % layers)],
-                            .mlp_norm = norm,
-                            .next_norm = norm,
-                            .epsilon = 1e-5f,
-                            .attended = wide,
-                            .hidden = hidden,
-                            .gated = gated,
-                            .y = wide},
-                           {});
-  });
+  const double us = time(device_of(backend), layers, layer);
+  const double share = static_cast<double>(bytes) / layers / us / 1e6 / peak * 100;
+  std::printf("a layer's four products, two norms and SwiGLU: %.2f us %.1f%%\n", us, share);
 }
 
 }  // namespace

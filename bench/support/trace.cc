@@ -93,15 +93,12 @@ Result<Trace> trace_selection(const Backend& backend, const SparseConfig& config
   step.workspace = std::span(memory.data(), bytes).subspan(align_up(step.plan.bytes));
   INFLLM_TRY(begin(step, model, plan));
   for (std::int32_t i = 0; i < options.layer; ++i) {
-    INFLLM_TRY(model::project(step, model.weights().layers[i]));
-    INFLLM_TRY(model::attend_projected(step, pool.layer(i)));
-    INFLLM_TRY(model::add_attended(step, model.weights().layers[i]));
+    INFLLM_TRY(model::attention_layer(step, model.weights().layers[i], pool.layer(i)));
     INFLLM_TRY(model::mlp_layer(step, model.weights().layers[i]));
   }
   // After its attention the layer's queries are still in their place.
   const KvPages layer = pool.layer(options.layer);
-  INFLLM_TRY(model::project(step, model.weights().layers[options.layer]));
-  INFLLM_TRY(model::attend_projected(step, layer));
+  INFLLM_TRY(model::attention_layer(step, model.weights().layers[options.layer], layer));
   const AttentionShape shape{"", model_config.heads, model_config.kv_heads, model_config.head_dim};
   Chooser chooser =
       INFLLM_TRY(Chooser::create(backend, shape, *model_config.sparse, layer, plan.batch()));

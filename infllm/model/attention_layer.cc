@@ -59,31 +59,28 @@ AttentionParams attention_params(const ModelConfig& config, const KvPages& pages
           .scale = config.attention_scale()};
 }
 
-Status project(const Step& step, const LayerWeights& weights) {
+Status attention_layer(const Step& step, const LayerWeights& weights, const KvPages& pages) {
   const ModelConfig& c = step.config;
+  const Backend& backend = step.backend;
   const std::int64_t tokens = step.batch.num_tokens;
+  const bool keep_unrotated = pages.layout.score_keys();
+
   INFLLM_TRY(timed(step, &ForwardTimes::norm, [&] {
-    return rms_norm(step.backend, {.tokens = tokens,
-                                   .width = c.hidden_size,
-                                   .x = step.at(step.plan.hidden),
-                                   .weight = weights.attention_norm.data(),
-                                   .epsilon = c.rms_norm_eps,
-                                   .y = step.at(step.plan.normed)});
+    return rms_norm(backend, {.tokens = tokens,
+                              .width = c.hidden_size,
+                              .x = step.at(step.plan.hidden),
+                              .weight = weights.attention_norm.data(),
+                              .epsilon = c.rms_norm_eps,
+                              .y = step.at(step.plan.normed)});
   }));
-  return timed(step, &ForwardTimes::projections, [&] {
-    return linear(step.backend,
+  INFLLM_TRY(timed(step, &ForwardTimes::projections, [&] {
+    return linear(backend,
                   {.weight = &weights.qkv,
                    .tokens = tokens,
                    .x = step.at(step.plan.normed),
                    .y = step.at(step.plan.qkv)},
                   step.workspace);
-  });
-}
-
-Status attend_projected(const Step& step, const KvPages& pages) {
-  const ModelConfig& c = step.config;
-  const Backend& backend = step.backend;
-  const bool keep_unrotated = pages.layout.score_keys();
+  }));
   if (has_rope_append(backend)) {
     INFLLM_TRY(timed(step, &ForwardTimes::rope, [&] {
       return rope_append(backend,
@@ -111,19 +108,17 @@ Status attend_projected(const Step& step, const KvPages& pages) {
   AttentionParams params = attention_params(c, pages, step.batch);
   params.q = step.at(step.plan.q);
   params.q_score = keep_unrotated ? step.at(step.plan.q_score) : nullptr;
-  params.o = step.at(step.plan.attended);
+  params.o = step.at(step.plan.qkv);  // its contents have been cut out
   params.times = step.times != nullptr ? &step.times->attention : nullptr;
-  return attention(backend, params, step.workspace);
-}
+  INFLLM_TRY(attention(backend, params, step.workspace));
 
-Status add_attended(const Step& step, const LayerWeights& weights) {
   return timed(step, &ForwardTimes::projections, [&] {
-    return linear(step.backend,
+    return linear(backend,
                   {.weight = &weights.o,
-                   .tokens = step.batch.num_tokens,
-                   .x = step.at(step.plan.attended),
+                   .tokens = tokens,
+                   .x = params.o,
                    .y = step.at(step.plan.hidden),
-                   .alpha = step.config.residual_scale(),
+                   .alpha = c.residual_scale(),
                    .accumulate = true},
                   step.workspace);
   });

@@ -1,14 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A transformer layer in four parts, of which the third and the fourth add to the residual stream:
+// The two halves of a transformer layer, each of which adds to the residual stream:
 //
-//   project:           [q k v] = qkv_proj(norm(h))
-//   attend_projected:  a = attention(q, k, v)
-//   add_attended:      h += s o_proj(a)
-//   mlp_layer:         h += s down(silu(gate x) up x),  x = norm(h)
-//
-// The parts from one layer's third to the next one's first may be one step of the column:
-// interlude_params.
+//   attention_layer:  h += s o_proj(attention(q, k, v)),  [q k v] = qkv_proj(norm(h))
+//   mlp_layer:        h += s down(silu(gate x) up x),      x = norm(h)
 #pragma once
 
 #include <chrono>
@@ -18,28 +13,26 @@
 #include "infllm/model/config.h"
 #include "infllm/model/model.h"
 #include "infllm/model/weights.h"
-#include "infllm/ops/interlude.h"
 
 namespace infllm::model {
 
 // Byte offsets of a step's activations in the workspace. The layers run one after the other, so
 // they share everything, and the halves of a layer share what is theirs alone.
 struct ActivationPlan {
-  std::size_t hidden = 0;    // [T, H] the residual stream
-  std::size_t normed = 0;    // [T, H]
-  std::size_t cos = 0;       // [T, D / 2] float
-  std::size_t sin = 0;       // [T, D / 2] float
-  std::size_t qkv = 0;       // [T, (Hq + 2 Hkv) D]
-  std::size_t attended = 0;  // [T, Hq D] over qkv, which has been cut apart by then
-  std::size_t q = 0;         // [T, Hq, D]
-  std::size_t k = 0;         // [T, Hkv, D]
-  std::size_t v = 0;         // [T, Hkv, D]
-  std::size_t q_score = 0;   // [T, Hq, D] before RoPE, only with use_nope
-  std::size_t k_score = 0;   // [T, Hkv, D] before RoPE, only with use_nope
-  std::size_t gate_up = 0;   // [T, 2 I], over qkv and its successors
-  std::size_t gated = 0;     // [T, I]
-  std::size_t picked = 0;    // [R, H] rows that need logits, over normed and its successors
-  std::size_t bytes = 0;     // of all
+  std::size_t hidden = 0;   // [T, H] the residual stream
+  std::size_t normed = 0;   // [T, H]
+  std::size_t cos = 0;      // [T, D / 2] float
+  std::size_t sin = 0;      // [T, D / 2] float
+  std::size_t qkv = 0;      // [T, (Hq + 2 Hkv) D]; then the attention's output [T, Hq D]
+  std::size_t q = 0;        // [T, Hq, D]
+  std::size_t k = 0;        // [T, Hkv, D]
+  std::size_t v = 0;        // [T, Hkv, D]
+  std::size_t q_score = 0;  // [T, Hq, D] before RoPE, only with use_nope
+  std::size_t k_score = 0;  // [T, Hkv, D] before RoPE, only with use_nope
+  std::size_t gate_up = 0;  // [T, 2 I], over qkv and its successors
+  std::size_t gated = 0;    // [T, I]
+  std::size_t picked = 0;   // [R, H] rows that need logits, over normed and its successors
+  std::size_t bytes = 0;    // of all
 };
 ActivationPlan plan_activations(const ModelConfig& config, std::int64_t activation_bytes,
                                 std::int64_t tokens, std::int64_t num_logits);
@@ -60,13 +53,8 @@ struct Step {
   }
 };
 
-Status project(const Step& step, const LayerWeights& weights);
-Status attend_projected(const Step& step, const KvPages& pages);
-Status add_attended(const Step& step, const LayerWeights& weights);
+Status attention_layer(const Step& step, const LayerWeights& weights, const KvPages& pages);
 Status mlp_layer(const Step& step, const LayerWeights& weights);
-
-// add_attended and mlp_layer, without what comes next.
-InterludeParams interlude_params(const Step& step, const LayerWeights& weights);
 
 // The attention operation's parameters, without its arrays: what its workspace depends on.
 AttentionParams attention_params(const ModelConfig& config, const KvPages& pages,

@@ -38,17 +38,4 @@ Status mlp_layer(const Step& step, const LayerWeights& weights) {
   });
 }
 
-InterludeParams interlude_params(const Step& step, const LayerWeights& weights) {
-  return {.tokens = step.batch.num_tokens,
-          .o = &weights.o,
-          .gate_up = &weights.gate_up,
-          .down = &weights.down,
-          .mlp_norm = weights.mlp_norm.data(),
-          .epsilon = step.config.rms_norm_eps,
-          .residual_scale = step.config.residual_scale(),
-          .attended = step.at(step.plan.attended),
-          .hidden = step.at(step.plan.hidden),
-          .gated = step.at(step.plan.gated)};
-}
-
 }  // namespace infllm::model

@@ -76,34 +76,6 @@ Status head(const Step& step, const Weights& weights, const ForwardParams& p) {
                 step.workspace);
 }
 
-// From the attention of layer i to that of the next one, or to the logits.
-Status follow(const Step& step, const Weights& weights, std::size_t i, const ForwardParams& p) {
-  const LayerWeights& layer = weights.layers[i];
-  const LayerWeights* next = i + 1 < weights.layers.size() ? &weights.layers[i + 1] : nullptr;
-  InterludeParams at_once = interlude_params(step, layer);
-  const bool has_logits = next == nullptr && p.num_logits > 0;
-  if (next != nullptr) {
-    at_once.next = &next->qkv;
-    at_once.next_norm = next->attention_norm.data();
-    at_once.y = step.at(step.plan.qkv);
-  } else if (has_logits) {
-    at_once.next = &weights.head;
-    at_once.next_norm = weights.final_norm.data();
-    at_once.next_scale = step.config.logit_scale();
-    at_once.y = p.logits;
-  }
-  // Of one token the picked row is the only one.
-  const bool picks = has_logits && p.batch.num_tokens > 1;
-  if (!picks && has_interlude(step.backend, at_once)) {
-    return timed(step, &ForwardTimes::mlp, [&] { return interlude(step.backend, at_once); });
-  }
-  INFLLM_TRY(add_attended(step, layer));
-  INFLLM_TRY(mlp_layer(step, layer));
-  if (next != nullptr) return project(step, *next);
-  if (!has_logits) return {};
-  return timed(step, &ForwardTimes::head, [&] { return head(step, weights, p); });
-}
-
 }  // namespace
 
 ActivationPlan plan_activations(const ModelConfig& c, std::int64_t activation_bytes,
@@ -135,7 +107,6 @@ ActivationPlan plan_activations(const ModelConfig& c, std::int64_t activation_by
 
   used = halves;
   plan.qkv = take(tokens, q_width + 2 * kv_width, activation_bytes);
-  plan.attended = plan.qkv;
   plan.q = take(tokens, q_width, activation_bytes);
   plan.k = take(tokens, kv_width, activation_bytes);
   plan.v = take(tokens, kv_width, activation_bytes);
@@ -186,12 +157,12 @@ Status Model::forward(const ForwardParams& p) const {
   INFLLM_TRY(timed(step, &ForwardTimes::embed, [&] {
     return begin(step, rope_.tables(rope_numbers_.as<float>()), weights_.embedding, p);
   }));
-  INFLLM_TRY(project(step, weights_.layers.front()));
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
-    INFLLM_TRY(attend_projected(step, p.pages[i]));
-    INFLLM_TRY(follow(step, weights_, i, p));
+    INFLLM_TRY(attention_layer(step, weights_.layers[i], p.pages[i]));
+    INFLLM_TRY(mlp_layer(step, weights_.layers[i]));
   }
-  return {};
+  if (p.num_logits == 0) return {};
+  return timed(step, &ForwardTimes::head, [&] { return head(step, weights_, p); });
 }
 
 std::size_t Model::workspace_bytes(const Batch& batch, std::int32_t num_logits) const {

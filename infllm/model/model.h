@@ -33,8 +33,7 @@
 namespace infllm::model {
 
 // Where the time of forward() went, in seconds; added to, never reset. Measuring waits for each
-// part to finish, so a device backend pays for it. A column that goes from one attention to the
-// next in one step (ops/interlude.h) has all of it under mlp.
+// part to finish, so a device backend pays for it.
 struct ForwardTimes {
   StepTimes attention;  // compress, score, select, attend
   double embed = 0;     // table look-up and rotary tables

@@ -14,7 +14,6 @@
 #include "infllm/ops/attend.h"
 #include "infllm/ops/backend.h"
 #include "infllm/ops/compress.h"
-#include "infllm/ops/interlude.h"
 #include "infllm/ops/kv_cache.h"
 #include "infllm/ops/rope_append.h"
 #include "infllm/ops/sampling.h"
@@ -81,7 +80,6 @@ struct Kernels {
   Cell<RopeAppendParams> rope_append;  // null: rope, gather and kv_append
   Cell<SwigluParams> swiglu;
   Cell<GatherParams> gather;
-  Cell<InterludeParams> interlude;   // null: linear, rms_norm and swiglu one by one
   Cell<TopLogitsParams> top_logits;  // null where the logits are in host memory anyhow
 };
 

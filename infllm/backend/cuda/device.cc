@@ -3,19 +3,12 @@
 
 #include <fmt/format.h>
 
-#include <atomic>
-
 #include "infllm/backend/cuda/blas.h"
 #include "infllm/backend/cuda/decode/select_attend.h"
 #include "infllm/backend/cuda/open.h"
 
 namespace infllm::cuda {
 namespace {
-
-constexpr std::size_t kArrivalBytes = 4096;
-// Devices, a bit each, of which a backend has counters.
-std::atomic<std::uint64_t> devices_with_counters = 0;
-std::uint64_t bit_of(int ordinal) { return std::uint64_t{1} << (ordinal % 64); }
 
 constexpr int kOldestCapability = 80;  // Ampere: bf16 tensor cores and cp.async
 
@@ -31,8 +24,6 @@ Device::~Device() {
   if (stream == nullptr || !owns_stream) return;
   cudaSetDevice(ordinal);
   cudaStreamDestroy(stream);
-  if (arrivals != nullptr) devices_with_counters &= ~bit_of(ordinal);
-  cudaFree(arrivals);
   cudaFree(exchange);
 }
 
@@ -101,11 +92,6 @@ Result<std::shared_ptr<Device>> open_device(int ordinal) {
       static_cast<std::size_t>(INFLLM_TRY(attribute(cudaDevAttrL2CacheSize, ordinal)));
   INFLLM_TRY(to_status("cuda", cudaSetDevice(ordinal)));
   INFLLM_TRY(to_status("cuda", cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking)));
-  if ((devices_with_counters.fetch_or(bit_of(ordinal)) & bit_of(ordinal)) == 0) {
-    INFLLM_TRY(
-        to_status("cuda", cudaMalloc(reinterpret_cast<void**>(&device->arrivals), kArrivalBytes)));
-    INFLLM_TRY(to_status("cuda", cudaMemset(device->arrivals, 0, kArrivalBytes)));
-  }
   if (device->capability >= 90) {
     const std::size_t bytes = sizeof(std::uint32_t) * decode::exchange_words(device->sm_count);
     INFLLM_TRY(to_status("cuda", cudaMalloc(reinterpret_cast<void**>(&device->exchange), bytes)));

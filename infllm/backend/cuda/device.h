@@ -37,12 +37,9 @@ struct Device {
   cudaStream_t stream = nullptr;
   bool owns_stream = true;     // false: on_stream() made this
   std::shared_ptr<Blas> blas;  // never null
-  // Zeros, between kernels: what thread blocks of one kernel count each other by (sm90/stream.h).
-  // Null on a stream of the caller's and for a second backend of a device: two such kernels, each
-  // with a part of its blocks on the device, would wait for ever.
-  std::uint32_t* arrivals = nullptr;
-  // The same, but all ones: words that thread blocks of one kernel hand each other
-  // (decode/exchange.cuh, decode::exchange_words() of them). Null before 9.0 too.
+  // All ones between kernels: words that thread blocks of one kernel hand each other
+  // (decode/exchange.cuh, decode::exchange_words() of them). Null before 9.0, and on a stream of
+  // the caller's, whose kernels may run beside this one's.
   std::uint32_t* exchange = nullptr;
 };
 

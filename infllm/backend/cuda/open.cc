@@ -141,7 +141,6 @@ Kernels hopper() {
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
   table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
   table.linear = {&hopper_linear, &hopper_linear_bytes};
-  table.interlude = {&sm90::interlude, nullptr, &sm90::interludes};
   return table;
 }
 

@@ -1,23 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// linear and interlude (ops/transformer.h, ops/interlude.h) for one token, the products of a decode
-// step: chains of stream.h.
+// linear (ops/transformer.h) for one token, the product of a decode step: as fast as the weights
+// come out of memory. Each thread block streams its share of the rows of W through a ring in shared
+// memory with the copy engine, so that reading never pauses, and begins to before the kernel in
+// front has finished: nobody writes weights.
 #pragma once
 
 #include <cstddef>
 #include <span>
 
-#include "infllm/ops/interlude.h"
 #include "infllm/ops/transformer.h"
 
 namespace infllm::cuda::sm90 {
 
-// One token, a weight that streams() takes, and x at a whole 16-byte unit.
+// One token; rows of W of whole 16-byte units, at most 16384 inputs. x must begin at such a unit
+// too.
 bool multiplies(const LinearParams& params);
-Status linear(const Backend& backend, const LinearParams& params, std::span<std::byte>);
 
-// One token, four such weights, on a stream of the backend's own.
-bool interludes(const Backend& backend, const InterludeParams& params);
-Status interlude(const Backend& backend, const InterludeParams& params, std::span<std::byte>);
+Status linear(const Backend& backend, const LinearParams& params, std::span<std::byte> workspace);
 
 }  // namespace infllm::cuda::sm90
