@@ -8,8 +8,9 @@
 #
 # Of the common tests, FILTER (below): every step, at the edges of windows, blocks and chunks; fewer
 # for racecheck, which takes minutes. Whether racecheck follows what our kernels hand over by
-# mbarriers is what bench/probes/race_probe.cu asks it. The recorded graphs are left to tools/gpu_test.sh, as the sanitizer runs their kernels one by one. JOBS,
-# LIMIT, and carrying FOLDER to another machine: see gpu_pool.sh.
+# mbarriers is what bench/probes/race_probe.cu asks it. The recorded graphs are left to
+# tools/gpu_test.sh, as the sanitizer runs their kernels one by one. JOBS, LIMIT, and carrying FOLDER
+# to another machine: see gpu_pool.sh.
 set -uo pipefail
 source "$(dirname "$0")/gpu_pool.sh"
 folder=${1:-$root/build/cuda/tests}
