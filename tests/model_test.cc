@@ -278,7 +278,9 @@ TEST_P(ModelTest, TimesCoverEveryPart) {
   }
   // A device may score and select, or rotate and append, in one step: it counts as the first.
   for (const double seconds : {t.attention.select, t.cache}) {
-    if (!on_device()) EXPECT_GT(seconds, 0);
+    if (!on_device()) {
+      EXPECT_GT(seconds, 0);
+    }
     sum += seconds;
   }
   EXPECT_DOUBLE_EQ(t.total(), sum);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Test and bench of the CUDA columns' attend_backward by itself, for a GPU machine that has nothing
-// but CUDA. After a first word "sm90", of Hopper's own kernels, in the cases that they cover;
-// checks without that word are of both.
+// but CUDA. After a first word "sm80" of the kernels for every device, after "sm90" of Hopper's
+// own, in the cases that they cover; checks without such a word are of both.
 //
 //   backward_main check [NAME]    shapes against float64 on sampled rows and keys; every result is
 //                                 taken twice and must repeat bit by bit; exit status 1 on a
@@ -314,10 +314,11 @@ void bench_align(const Backend& backend, int tokens, int rows) {
 }
 
 int run(int argc, char** argv) {
-  const bool hopper = argc > 1 && std::string(argv[1]) == "sm90";
-  argc -= hopper;
-  argv += hopper;
-  Backend backend{.name = hopper ? "cuda:0:sm90" : "cuda:0:sm80"};
+  const std::string first = argc > 1 ? argv[1] : "";
+  const bool one_column = first == "sm80" || first == "sm90";
+  argc -= one_column;
+  argv += one_column;
+  Backend backend{.name = first == "sm90" ? "cuda:0:sm90" : "cuda:0:sm80"};
   auto device = open_device(0);
   must(device.status());
   backend.state = device.value();
@@ -353,7 +354,7 @@ int run(int argc, char** argv) {
   const std::set<std::string> few = {"g1 d64 f16", "g7 d128 bf16", "g16 d64 bf16", "edges",
                                      "missing pages"};
   std::vector<std::string> columns = {backend.name};
-  if (!hopper && device.value()->capability == 90) columns.push_back("cuda:0:sm90");
+  if (!one_column && device.value()->capability == 90) columns.push_back("cuda:0:sm90");
   for (const std::string& column : columns) {
     backend.name = column;
     std::printf("%s\n", column.c_str());
