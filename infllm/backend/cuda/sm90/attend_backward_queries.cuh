@@ -34,24 +34,7 @@ struct QueryGradientArgs {
 };
 
 template <class C>
-struct __align__(1024) QueryGradientShared {
-  struct Ring {
-    std::uint64_t k_full[C::kStages], k_empty[C::kStages];
-    std::uint64_t v_full[C::kStages], v_empty[C::kStages];
-  };
-  alignas(1024) std::byte q[C::kGroups][C::kTileBytes];
-  alignas(1024) std::byte grad_o[C::kGroups][C::kTileBytes];
-  alignas(1024) std::byte k[C::kStages][C::kStageBytes];
-  alignas(1024) std::byte v[C::kStages][C::kStageBytes];
-  Ring ring;
-  std::uint64_t rows_full[C::kGroups], rows_empty[C::kGroups];
-  std::uint64_t work_full[2], work_empty[2];
-  struct Work {
-    Tile tile;
-    std::int32_t entries;
-    std::int32_t singles;
-  } work[2];
-};
+using QueryGradientShared = AttendShared<C, 2>;
 
 // Wishes of a dense sequence: every block up to the tokens' own, if its page exists.
 template <class C>
@@ -78,33 +61,6 @@ class AllBlocks {
   const Rows<C>& rows_;
   int entries_;
 };
-
-// A warp of the feeding warpgroup for each computing one: its rows of Q and dO of each tile.
-template <class C>
-__device__ __forceinline__ void feed_gradient_rows(QueryGradientShared<C>& shared,
-                                                   const AttendArgs& a, const CUtensorMap& q_map,
-                                                   const CUtensorMap& grad_o_map, int group) {
-  using namespace tile;
-  const bool leader = threadIdx.x % 32 == 0;
-  for (unsigned n = 0;; ++n) {
-    mbarrier_wait(&shared.work_full[n % 2], n / 2 & 1);
-    const Tile tile = shared.work[n % 2].tile;
-    __syncwarp();
-    if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
-    if (tile.index < 0) return;
-    mbarrier_wait(&shared.rows_empty[group], (n & 1) ^ 1);
-    if (leader) {
-      std::uint64_t* full = &shared.rows_full[group];
-      const int head = tile.head << a.group_log2;
-      const int token = tile.first_token + (group * 64 >> a.group_log2);
-      mbarrier_arrive_expect_tx(full, 2 * C::kTileBytes);
-      tma_load_4d(&q_map, full, shared.q[group], 0, head, token, 0, CacheHint::kEvictFirst);
-      tma_load_4d(&grad_o_map, full, shared.grad_o[group], 0, head, token, 0,
-                  CacheHint::kEvictFirst);
-    }
-    __syncwarp();
-  }
-}
 
 template <class C>
 __device__ __forceinline__ void store_queries(const QueryGradientArgs& args, const Rows<C>& rows,
@@ -137,8 +93,8 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
   const AttendArgs& a = args.attend;
   const bool leader = threadIdx.x % 32 == 0;
   const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
-  Queries<C> queries(shared.q[group]);
-  Queries<C> gradients(shared.grad_o[group]);
+  Queries<C> queries(shared.rows[0][group]);
+  Queries<C> gradients(shared.rows[1][group]);
   RingCursor<C::kStages> ring;
   for (unsigned n = 0;; ++n) {
     mbarrier_wait(&shared.work_full[n % 2], n / 2 & 1);
@@ -255,34 +211,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                           const __grid_constant__ CUtensorMap v_map,
                           const __grid_constant__ QueryGradientArgs args) {
   using namespace tile;
-  using Shared = QueryGradientShared<C>;
   extern __shared__ std::byte memory[];
-  auto& shared = *reinterpret_cast<Shared*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
   const int warp = warp_index();
-  if (threadIdx.x == 0) {
-    constexpr int kWarps = C::kGroups * 4;
-    for (int i = 0; i < C::kStages; ++i) {
-      mbarrier_init(&shared.ring.k_full[i], 1);
-      mbarrier_init(&shared.ring.v_full[i], 1);
-      mbarrier_init(&shared.ring.k_empty[i], kWarps);
-      mbarrier_init(&shared.ring.v_empty[i], kWarps);
-    }
-    for (int i = 0; i < C::kGroups; ++i) {
-      mbarrier_init(&shared.rows_full[i], 1);
-      mbarrier_init(&shared.rows_empty[i], 4);
-    }
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(&shared.work_full[i], 1);
-      mbarrier_init(&shared.work_empty[i], kWarps + C::kGroups);
-    }
-    fence_mbarrier_init();
-  }
-  __syncthreads();
+  auto& shared = begin_shared<C, QueryGradientShared<C>>(memory);
   if (warp < 4) {
     setmaxnreg_dec<C::kFeedRegisters>();
     if (warp == 0) feed_blocks<C>(shared, args.attend, k_map, v_map);
     if (warp >= 1 && warp <= C::kGroups) {
-      feed_gradient_rows<C>(shared, args.attend, q_map, grad_o_map, warp - 1);
+      feed_rows<C>(shared, args.attend, warp - 1, q_map, grad_o_map);
     }
   } else {
     setmaxnreg_inc<C::kComputeRegisters>();

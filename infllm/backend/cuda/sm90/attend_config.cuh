@@ -64,17 +64,18 @@ struct AttendArgs {
   unsigned* next;  // how many of them are taken
 };
 
-template <class C>
+// The backward pass has two arrays of rows: those of Q and those of dO.
+template <class C, int kArrays = 1>
 struct __align__(1024) AttendShared {
   struct Ring {
     std::uint64_t k_full[C::kStages], k_empty[C::kStages];
     std::uint64_t v_full[C::kStages], v_empty[C::kStages];
   };
-  alignas(1024) std::byte q[C::kGroups][C::kTileBytes];
+  alignas(1024) std::byte rows[kArrays][C::kGroups][C::kTileBytes];
   alignas(1024) std::byte k[C::kStages][C::kStageBytes];
   alignas(1024) std::byte v[C::kStages][C::kStageBytes];
   Ring ring;
-  std::uint64_t q_full[C::kGroups], q_empty[C::kGroups];
+  std::uint64_t rows_full[C::kGroups], rows_empty[C::kGroups];
   std::uint64_t work_full[2], work_empty[2];
   struct Work {
     Tile tile;
@@ -82,6 +83,33 @@ struct __align__(1024) AttendShared {
     std::int32_t singles;  // union.h; the first of the entries
   } work[2];
 };
+
+// The shared memory of the kernel, aligned for the copy engine, with its barriers ready.
+template <class C, class Shared>
+__device__ __forceinline__ Shared& begin_shared(std::byte* memory) {
+  using namespace tile;
+  auto& shared = *reinterpret_cast<Shared*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = C::kGroups * 4;
+    for (int i = 0; i < C::kStages; ++i) {
+      mbarrier_init(&shared.ring.k_full[i], 1);
+      mbarrier_init(&shared.ring.v_full[i], 1);
+      mbarrier_init(&shared.ring.k_empty[i], kWarps);
+      mbarrier_init(&shared.ring.v_empty[i], kWarps);
+    }
+    for (int i = 0; i < C::kGroups; ++i) {
+      mbarrier_init(&shared.rows_full[i], 1);
+      mbarrier_init(&shared.rows_empty[i], 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(&shared.work_full[i], 1);
+      mbarrier_init(&shared.work_empty[i], kWarps + C::kGroups);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  return shared;
+}
 
 // A place in the ring, and the parity that its "full" barriers will complete with.
 template <int kStages>

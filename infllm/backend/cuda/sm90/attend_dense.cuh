@@ -20,7 +20,7 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
   using Sum = Wgmma<T, C::kDim, Major::kMN>;
   const bool leader = threadIdx.x % 32 == 0;
   const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
-  Queries<C> queries(shared.q[group]);
+  Queries<C> queries(shared.rows[0][group]);
   const auto wait_turn = [&] { named_barrier_sync(4 + group, 256); };
   const auto pass_turn = [&] { named_barrier_arrive(5 - group, 256); };
   if (group == 1) pass_turn();
@@ -77,10 +77,10 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
       }
     };
 
-    mbarrier_wait(&shared.q_full[group], n & 1);
-    queries.hold(shared.q[group]);
+    mbarrier_wait(&shared.rows_full[group], n & 1);
+    queries.hold(shared.rows[0][group]);
     __syncwarp();
-    if (leader) mbarrier_arrive(&shared.q_empty[group]);
+    if (leader) mbarrier_arrive(&shared.rows_empty[group]);
     mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
     wait_turn();
     multiply_keys(ring.stage);

@@ -90,11 +90,11 @@ __device__ __forceinline__ void feed_blocks(Shared& shared, const AttendArgs& a,
   }
 }
 
-// A further warp for each computing warpgroup: its query rows of each tile. Rows of other
-// sequences' tokens may come along; nobody stores what becomes of them.
-template <class C>
-__device__ __forceinline__ void feed_queries(AttendShared<C>& shared, const AttendArgs& a,
-                                             const CUtensorMap& q_map, int group) {
+// A further warp for each computing warpgroup: its rows of each tile, from an array for each of the
+// maps. Rows of other sequences' tokens may come along; nobody stores what becomes of them.
+template <class C, class Shared, class... Map>
+__device__ __forceinline__ void feed_rows(Shared& shared, const AttendArgs& a, int group,
+                                          const Map&... maps) {
   using namespace tile;
   const bool leader = threadIdx.x % 32 == 0;
   for (unsigned n = 0;; ++n) {
@@ -103,11 +103,16 @@ __device__ __forceinline__ void feed_queries(AttendShared<C>& shared, const Atte
     __syncwarp();
     if (leader) mbarrier_arrive(&shared.work_empty[n % 2]);
     if (tile.index < 0) return;
-    mbarrier_wait(&shared.q_empty[group], (n & 1) ^ 1);
+    mbarrier_wait(&shared.rows_empty[group], (n & 1) ^ 1);
     if (leader) {
-      mbarrier_arrive_expect_tx(&shared.q_full[group], C::kTileBytes);
-      tma_load_4d(&q_map, &shared.q_full[group], shared.q[group], 0, tile.head << a.group_log2,
-                  tile.first_token + (group * 64 >> a.group_log2), 0, CacheHint::kEvictFirst);
+      std::uint64_t* full = &shared.rows_full[group];
+      const int head = tile.head << a.group_log2;
+      const int token = tile.first_token + (group * 64 >> a.group_log2);
+      mbarrier_arrive_expect_tx(full, sizeof...(maps) * C::kTileBytes);
+      int array = 0;
+      (tma_load_4d(&maps, full, shared.rows[array++][group], 0, head, token, 0,
+                   CacheHint::kEvictFirst),
+       ...);
     }
     __syncwarp();
   }

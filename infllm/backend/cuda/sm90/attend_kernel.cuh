@@ -20,32 +20,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ AttendArgs a) {
   using namespace tile;
   extern __shared__ std::byte memory[];
-  auto& shared =
-      *reinterpret_cast<AttendShared<C>*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
   const int warp = warp_index();
-  if (threadIdx.x == 0) {
-    constexpr int kWarps = C::kGroups * 4;
-    for (int i = 0; i < C::kStages; ++i) {
-      mbarrier_init(&shared.ring.k_full[i], 1);
-      mbarrier_init(&shared.ring.v_full[i], 1);
-      mbarrier_init(&shared.ring.k_empty[i], kWarps);
-      mbarrier_init(&shared.ring.v_empty[i], kWarps);
-    }
-    for (int i = 0; i < C::kGroups; ++i) {
-      mbarrier_init(&shared.q_full[i], 1);
-      mbarrier_init(&shared.q_empty[i], 4);
-    }
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(&shared.work_full[i], 1);
-      mbarrier_init(&shared.work_empty[i], kWarps + C::kGroups);
-    }
-    fence_mbarrier_init();
-  }
-  __syncthreads();
+  auto& shared = begin_shared<C, AttendShared<C>>(memory);
   if (warp < 4) {
     setmaxnreg_dec<C::kFeedRegisters>();
     if (warp == 0) feed_blocks<C>(shared, a, k_map, v_map);
-    if (warp >= 1 && warp <= C::kGroups) feed_queries<C>(shared, a, q_map, warp - 1);
+    if (warp >= 1 && warp <= C::kGroups) feed_rows<C>(shared, a, warp - 1, q_map);
   } else {
     setmaxnreg_inc<C::kComputeRegisters>();
     if constexpr (C::kSparse) {

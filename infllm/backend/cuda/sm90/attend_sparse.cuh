@@ -25,7 +25,7 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
   using Sum = Wgmma<T, C::kDim, Major::kMN>;
   const bool leader = threadIdx.x % 32 == 0;
   const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
-  Queries<C> queries(shared.q[group]);
+  Queries<C> queries(shared.rows[0][group]);
   RingCursor<C::kStages> ring;
   for (unsigned n = 0;; ++n) {
     mbarrier_wait(&shared.work_full[n % 2], n / 2 & 1);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
       if (written < kPageTokens) clear_tail<C>(shared.v[at.stage], written, group);
     };
 
-    mbarrier_wait(&shared.q_full[group], n & 1);
+    mbarrier_wait(&shared.rows_full[group], n & 1);
     const auto finish = [&](const RingCursor<C::kStages>& at) {
       prepare_values(at);
       multiply_values(at.stage);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
       const bool mine = __any_sync(0xffffffff, wanted[0] || wanted[1]);
       if (mine || leader) mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
       if (mine) {
-        warp_products<C>(s, shared.q[group], rows.first - group * 64, shared.k[ring.stage]);
+        warp_products<C>(s, shared.rows[0][group], rows.first - group * 64, shared.k[ring.stage]);
         weigh(s, wanted, a.c, state, factor);
         rescale(o, factor);
 #pragma unroll
@@ -138,7 +138,7 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
         before = ring;
       } else {
         const bool last = entry == entries;
-        if (last && leader) mbarrier_arrive(&shared.q_empty[group]);
+        if (last && leader) mbarrier_arrive(&shared.rows_empty[group]);
         if (pending >= 0 && (last || entry - pending >= C::kStages - 1)) {
           finish(before);
           pending = -1;
