@@ -81,7 +81,7 @@ def main():
                         settings.align, net.config, length, count * length, generator
                     )
                 attend = attending.Attend(count * length, length, device, sparse, **lesson)
-                loss, _ = train.step_losses(net, tokens, kinds, attend, rope, settings.optimizer)
+                loss, *_ = train.step_losses(net, tokens, kinds, attend, rope, settings.optimizer)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizers.step(0.01)

@@ -23,13 +23,16 @@ import settings
 import text
 from needle import facts, samples
 
-PAD, REST, ANSWER = samples.PAD, samples.REST, samples.ANSWER
+PAD, REST, ANSWER = samples.PAD, samples.REST, samples.ANSWER  # ANSWER + i: an answer of task i
 WORD = re.compile(r"\b[a-z]{4,9}\b")
 
 
 @dataclasses.dataclass
 class Sample:
-    """tokens, kinds [length + 1]; items: (task, turn, first, last) places of the expected tokens."""
+    """tokens, kinds [length + 1]; items: (task, choices, first, last).
+
+    first, last: places of the expected tokens; choices: all that would do there, if any order would.
+    """
 
     tokens: np.ndarray
     kinds: np.ndarray
@@ -65,13 +68,17 @@ class Maker:
             kinds.extend([kind] * len(part))
 
         for number, turn in enumerate(turns):
+            kind = ANSWER + ruler.TASKS.index(turn.task)
+            choices = []
+            if turn.any_order:
+                choices = [self.codec.inner(" " + item)[0] for item in turn.items]
             put(codec.ask_again(turn.question) if number else codec.ask(turn.question), REST)
             put(codec.inner("\n" + turn.lead)[1:], REST)
-            for item in turn.items:
+            for i, item in enumerate(turn.items):
                 first = len(ids)
-                put(codec.inner(" " + str(item)), ANSWER)
-                items.append((turn.task, number, first, len(ids)))
-            put([codec.im_end], ANSWER)
+                put(codec.inner(" " + str(item)), kind)
+                items.append((turn.task, choices[i:], first, len(ids)))
+            put([codec.im_end], kind)
         return ids, kinds, items
 
     def lines(self, rng, filler, planted, room):
@@ -117,13 +124,13 @@ class Maker:
         begin, padding = len(head) + len(document), room - len(document)
         tokens = np.concatenate([head, document, tail, np.full(padding, self.codec.eos)])
         kind = np.concatenate([np.full(begin, REST), kinds, np.full(padding, PAD)])
-        items = [(task, turn, begin + a, begin + b) for task, turn, a, b in items]
+        items = [(task, choices, begin + a, begin + b) for task, choices, a, b in items]
         return Sample(tokens.astype(np.int64), kind.astype(np.int64), items)
 
     def training(self, rng, length):
         """One training sample of the mixture."""
         count = self.codec.count
-        most_turns = int(np.clip(length // 128, 2, 40))
+        most_turns = int(np.clip(length // 100, 2, 40))
         while True:
             tasks = ruler.Tasks(rng, self.filler.words)
             drawn = tasks.draw_mixture(length - 160 - 48 * most_turns // 2, count, most_turns)
@@ -178,12 +185,13 @@ def build(texts, tokenizer, folder: pathlib.Path, split: str, processes: int) ->
     return len(units) and int(units[-1])
 
 
-def common_words(texts, most=6000):
-    """The list tasks' vocabulary: the most frequent lower-case words of four to nine letters."""
+def common_words(texts, codec, most=6000):
+    """The list tasks' vocabulary: frequent lower-case words of four to nine letters and one token."""
     counts = collections.Counter()
     for _, document in texts:
         counts.update(WORD.findall(document[:1_000_000]))
-    return sorted(word for word, _ in counts.most_common(most))
+    words = (word for word, _ in counts.most_common(most))
+    return sorted(word for word in words if codec.count(" " + word) == 1)
 
 
 def main():
@@ -197,7 +205,7 @@ def main():
         total = build(texts, args.tokenizer, args.data, split, args.processes)
         print(f"{split:8} {total / 1e6:7.2f} M tokens", flush=True)
         if split == "train":
-            words = " ".join(common_words(texts))
+            words = " ".join(common_words(texts, samples.Codec(args.tokenizer)))
             (args.data / "words.txt").write_text(words + "\n", encoding="utf-8")
 
 

@@ -4,8 +4,10 @@
     python3 examples/adapt/evaluate.py --config C --model D/model --arm aligned --out results.jsonl
 
 One pass a case: an item of an answer is right if, after the question and the right items before it,
-the largest logit is the right one at each of its tokens. A task's score is the share of right items,
-as RULER counts. Perplexity is that of the same held-out tokens with more and more text before them.
+the largest logit is the right one at each of its tokens (of the common words: is any that is still
+missing). A task's score is the share of right items, as RULER counts; the records keep the right
+items of every case, in an order that is the same for all checkpoints. Perplexity is that of the same
+held-out tokens with more and more text before them. Below dense_len both readings are one.
 """
 
 import argparse
@@ -33,7 +35,7 @@ SCORED = 2048  # tokens at the end of a held-out text whose losses are averaged
 
 
 class Cases(torch.utils.data.Dataset):
-    """Batches of cases: (length, index of the first case, task names), round robin over tasks."""
+    """Batches of cases, round robin over tasks: (length, tokens [B, length + 1], task and items of each)."""
 
     def __init__(self, args, settings, lengths, tasks):
         self.args, self.batches = args, []
@@ -53,8 +55,8 @@ class Cases(torch.utils.data.Dataset):
             self.maker = documents.Maker(self.args.tokenizer, filler)
         length, cases = self.batches[index]
         made = [self.maker.case(SEED + i, task, length) for i, task in cases]
-        items = [(row, *item) for row, sample in enumerate(made) for item in sample.items]
-        return length, torch.from_numpy(np.stack([s.tokens for s in made])), items
+        tokens = torch.from_numpy(np.stack([s.tokens for s in made]))
+        return length, tokens, [(task, s.items) for (_, task), s in zip(cases, made)]
 
 
 class Scorer:
@@ -65,7 +67,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, tokens, sparse: bool):
-        """losses and hits [B, length], on the host."""
+        """losses and likeliest tokens [B, length], on the host."""
         count, length = tokens.shape[0], tokens.shape[1] - 1
         if (count, length) not in self.ropes:
             positions = torch.arange(length, device=self.device).repeat(count)
@@ -73,10 +75,19 @@ class Scorer:
         tokens = tokens.to(self.device, non_blocking=True)
         config = self.net.config.sparse if sparse else None
         attend = attending.Attend(count * length, length, self.device, config)
-        losses, hits = self.net(
+        losses, best = self.net(
             tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), *self.ropes[count, length], attend
         )
-        return losses.view(count, length).cpu(), hits.view(count, length).cpu()
+        return losses.view(count, length).cpu(), best.view(count, length).cpu()
+
+
+def right_items(tokens, best, items) -> int:
+    """How many items of one case are right. tokens [length + 1], best [length]."""
+    right = 0
+    for _, choices, first, last in items:
+        said = best[first - 1 : last - 1]
+        right += said.item() in choices if choices else torch.equal(said, tokens[first:last])
+    return right
 
 
 def held_out_texts(filler, lengths, count, bos):
@@ -113,7 +124,7 @@ def main():
     score = Scorer(net, device)
     # The longest that training saw first: if time runs out, that is known.
     lengths = args.lengths or sorted(map(int, settings.evaluate["cases"]), reverse=True)
-    began, right = time.time(), collections.defaultdict(lambda: [0, 0])
+    began, right, asked = time.time(), collections.defaultdict(list), collections.Counter()
     loader = torch.utils.data.DataLoader(
         Cases(args, settings, lengths, ruler.TASKS), batch_size=None, num_workers=args.workers
     )
@@ -122,11 +133,11 @@ def main():
             print(f"{args.arm}: out of time at batch {done} of {len(loader)}", file=sys.stderr)
             break
         for sparse in (False, True):
-            _, hits = score(tokens, sparse)
-            for row, task, _, first, last in items:
-                cell = right[task, length, sparse]
-                cell[0] += bool(hits[row, first - 1 : last - 1].all())
-                cell[1] += 1
+            if not sparse or net.config.sparse.is_sparse_at(length):
+                _, best = score(tokens, sparse)
+            for row, (task, asked_for) in enumerate(items):
+                right[task, length, sparse].append(right_items(tokens[row], best[row], asked_for))
+                asked[task, length, sparse] += len(asked_for)
     losses = collections.defaultdict(list)
     filler = documents.Filler(args.data, "heldout")
     contexts = [] if args.topk is not None else settings.evaluate["perplexity"]
@@ -135,7 +146,8 @@ def main():
         if time.time() > args.deadline + 15:
             break
         for sparse in (False, True):
-            out, _ = score(tokens, sparse)
+            if not sparse or net.config.sparse.is_sparse_at(length):
+                out, _ = score(tokens, sparse)
             losses[length, sparse].append(float(out[0, -min(SCORED, length // 2) :].mean()))
     common = {
         "model": settings.name, "arm": args.arm, "seed": args.seed,
@@ -144,20 +156,23 @@ def main():
     }  # fmt: skip
     names = {False: "dense", True: "sparse"}
     with contextlib.closing(open(args.out, "a", encoding="utf-8")) as out:
-        for (task, length, sparse), (good, total) in sorted(right.items()):
+        for (task, length, sparse), each in sorted(right.items()):
             record = {"name": "adapt.task", **common, "task": task, "length": length,
-                      "attention": names[sparse], "correct": good, "total": total}  # fmt: skip
+                      "attention": names[sparse], "correct": sum(each),
+                      "total": asked[task, length, sparse], "each": each}  # fmt: skip
             print(json.dumps(record), file=out)
         for (length, sparse), values in sorted(losses.items()):
             record = {"name": "adapt.perplexity", **common, "length": length,
                       "attention": names[sparse], "nll": round(float(np.mean(values)), 5),
-                      "texts": len(values)}  # fmt: skip
+                      "texts": len(values), "each": [round(x, 4) for x in values]}  # fmt: skip
             print(json.dumps(record), file=out)
     for length in lengths:
         cells = []
         for sparse in (False, True):
-            scores = [g / t for (_, n, s), (g, t) in right.items() if (n, s) == (length, sparse)]
-            cells.append(f"{names[sparse]} {100 * np.mean(scores) if scores else 0:.2f}")
+            scores = [100 * sum(right[key]) / asked[key]
+                      for key in ((task, length, sparse) for task in ruler.TASKS) if asked[key]]
+            each = " ".join(f"{x:.0f}" for x in scores)
+            cells.append(f"{names[sparse]} {np.mean(scores) if scores else 0:.2f} ({each})")
         print(f"{args.arm} {length}: {', '.join(cells)}", file=sys.stderr)
     print(f"{args.arm}: evaluated in {time.time() - began:.0f} s", file=sys.stderr, flush=True)
 

@@ -93,10 +93,10 @@ def after_attention(h, out, o_proj, weight, gate, up, down, eps: float, scale: f
 
 
 def token_losses(h, weight, embedding, target, eps: float, scale: float):
-    """Cross-entropy [T], and whether the largest logit is the right one [T]."""
+    """Cross-entropy [T], and the token of the largest logit [T]."""
     x = norm(h, weight, eps) * scale
     logits = F.linear(x, embedding.to(x.dtype)).float()
-    return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
+    return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1)
 
 
 class RMSNorm(nn.Module):
@@ -159,7 +159,8 @@ class Network(nn.Module):
     def forward(self, tokens: Tensor, target: Tensor, cos: Tensor, sin: Tensor, attend):
         """tokens, target [T]: sequences of one length behind one another; cos, sin [T, D / 2].
 
-        attend(layer, q, k, v) -> out [T, Hq, D]. Returns the losses [T] and hits [T].
+        attend(layer, q, k, v) -> out [T, Hq, D]. Returns the losses [T] and the likeliest
+        tokens [T].
         """
         c, (before, after, losses) = self.config, self.functions
         dtype = torch.bfloat16 if tokens.is_cuda else torch.float32

@@ -3,18 +3,19 @@
 
     single_1     one number in a few sentences said over and over
     single_2     one number in real text
-    single_3     one code of twelve characters in real text
+    single_3     one code of eight hexadecimal digits in real text
     multi_key_1  four numbers in real text, one is asked; the names share words
     multi_key_2  nothing but such facts, one is asked
     multi_key_3  the same with codes for names and for values
     multi_value  one name with four numbers; all are asked
     multi_query  four names with a number each are asked in one question
     variables    a chain X1 = 48213, X2 = X1, ... X5 = X4; which variables hold 48213?
-    common       a list of words, ten of them far more often than the others; which?
+    common       a list of words, ten of them ten times as often as the others; which?
     frequent     coded words, the k-th as often as 1 / k^2; which three lead?
 
-An answer is a list of items in a fixed order (the document's, the question's, the chain's, of first
-appearance, of frequency), after a lead that repeats the question, as RULER's answer prefix does:
+An answer is a list of items in a fixed order (the document's, the question's, the chain's, of
+frequency; the common words in any), after a lead that repeats the question, as RULER's answer prefix
+does:
 
     The secret number of grey fox is 48213
 
@@ -45,6 +46,7 @@ class Turn:
     question: str
     lead: str
     items: list
+    any_order: bool = False  # then every item is one token
 
 
 @dataclasses.dataclass
@@ -81,7 +83,7 @@ class Tasks:
         self.names = facts.Generator(rng, invented_names=0.1)
 
     def code(self):
-        return "-".join("".join(self.rng.choice(HEX, 4)) for _ in range(3))
+        return "-".join("".join(self.rng.choice(HEX, 4)) for _ in range(2))
 
     def _fact(self, text, order=-1, key=0):
         return facts.Fact(text, key, order)
@@ -179,21 +181,20 @@ class Tasks:
         return Draw([], [ask_one(task, kind, str(n), pairs[str(n)]) for n in chosen], lines)
 
     def common(self, room):
-        """Ten words 30 times each, others 3 times each; in short lists less often."""
-        often, seldom = (30, 3) if room >= 2048 else (max(4, room // 64), 1)
+        """Words of one token each: ten of them 30 times, the others 3 times, in a list of 4K tokens."""
         vocabulary = self.rng.permutation(self.words)
-        entries = int(room / 1.9)
-        others = max(1, (entries - COMMON * often) // seldom)
-        listed = [w for w in vocabulary[:COMMON] for _ in range(often)]
+        seldom = max(1, min(3, room // 400))  # in short lists 10 times and once
+        seldom = max(seldom, room // (len(vocabulary) + 90))  # in long ones the words run out
+        others = max(1, room // seldom - 10 * COMMON)
+        listed = [w for w in vocabulary[:COMMON] for _ in range(10 * seldom)]
         listed += [w for w in np.resize(vocabulary[COMMON:], others) for _ in range(seldom)]
         listed = [listed[i] for i in self.rng.permutation(len(listed))]
-        leaders = set(vocabulary[:COMMON])
-        first = list(dict.fromkeys(w for w in listed if w in leaders))
         turn = Turn(
             "common",
             "What are the ten most common words in the list?",
             "The ten most common words are",
-            first,
+            [str(w) for w in vocabulary[:COMMON]],
+            any_order=True,
         )
         return Draw([], [turn], [" " + w for w in listed])
 

@@ -65,16 +65,18 @@ def maker(root):
 def test_case_holds_its_answer(maker, task, length):
     sample = maker.case(3, task, length)
     assert len(sample.tokens) == len(sample.kinds) == length + 1
-    assert (sample.kinds != documents.PAD).mean() > 0.8
+    assert (sample.kinds != documents.PAD).mean() > 0.75  # lists leave room for any question
     processor = maker.codec.processor
     first_answer = min(item[2] for item in sample.items)
     size = processor.vocab_size()
     document = processor.decode([t for t in sample.tokens[:first_answer].tolist() if t < size])
-    for name, turn, first, last in sample.items:
+    for name, choices, first, last in sample.items:
         assert name == task
         item = processor.decode(sample.tokens[first:last].tolist()).strip()
         assert item and item in document
-        assert (sample.kinds[first:last] == documents.ANSWER).all()
+        assert (sample.kinds[first:last] == documents.ANSWER + ruler.TASKS.index(task)).all()
+        assert bool(choices) == (task == "common")
+        assert not choices or (last - first == 1 and sample.tokens[first] == choices[0])
 
 
 def test_cases_are_the_same_every_time(maker):

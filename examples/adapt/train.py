@@ -12,6 +12,8 @@ goes on from OUT/state.pt. OUT/log.jsonl has the losses, OUT/model the checkpoin
 
     loss = cross-entropy of the answers + text_weight x cross-entropy of everything else
            + selection-alignment loss (arm aligned)
+
+where every document's answers weigh the same, be they three words or forty answers of five digits.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import checkpoint
 import documents
 import network
 import numpy as np
+import ruler
 import settings as settings_lib
 import torch
 import torch.distributed as dist
@@ -83,18 +86,25 @@ def mean_where(values, mask):
 
 
 def step_losses(net, tokens, kinds, attend, rope, weights):
-    """The loss of one batch [B, length + 1], and its parts for the log."""
-    losses, hits = net(tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), *rope, attend)
-    kind = kinds[:, 1:].flatten()
-    answer, rest = kind == documents.ANSWER, kind == documents.REST
-    parts = {"answer_loss": mean_where(losses, answer), "text_loss": mean_where(losses, rest)}
+    """The loss of one batch [B, length + 1], its parts for the log, and tallies [2, tasks]."""
+    losses, best = net(tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), *rope, attend)
+    kind = kinds[:, 1:]
+    losses, hits = losses.view(kind.shape), best.view(kind.shape) == tokens[:, 1:]
+    answer, rest = kind >= documents.ANSWER, kind == documents.REST
+    each = (losses * answer).sum(1) / answer.sum(1).clamp(min=1)  # of every document
+    parts = {
+        "answer_loss": mean_where(each, answer.any(1)),
+        "text_loss": mean_where(losses, rest),
+    }
     total = parts["answer_loss"] + weights["text"] * parts["text_loss"]
     if attend.losses:
         parts["align_loss"] = torch.stack(attend.losses).mean()
         total = total + weights["align"] * parts["align_loss"]
     with torch.no_grad():
-        parts["answer_tokens_right"] = mean_where(hits.float(), answer)
-    return total, {name: value.detach() for name, value in parts.items()}
+        task = (kind - documents.ANSWER).clamp(min=0).flatten()
+        tally = torch.stack([(hits & answer).flatten(), answer.flatten()]).float()
+        tally = tally.new_zeros(2, len(ruler.TASKS)).index_add_(1, task, tally)
+    return total, {name: value.detach() for name, value in parts.items()}, tally
 
 
 class Optimizers:
@@ -170,6 +180,7 @@ def main():
     log = open(args.out / "log.jsonl", "a", encoding="utf-8") if rank == 0 else None
     limit = min(phase.seconds, args.deadline - began if args.deadline else float("inf"))
     started, last_save, waited, step = time.time(), time.time(), 0.0, first - 1
+    tally = torch.zeros(2, len(ruler.TASKS), device=device)  # since the last line of the log
     spent, asked = 0.0, time.time()  # spent: share of the time limit, agreed by all processes
     for step, tokens, kinds in loader:
         waited += time.time() - asked
@@ -182,7 +193,10 @@ def main():
         if args.arm == "aligned" and args.phase == "adapt":
             lesson = draw_lesson(settings.align, net.config, length, count * length, generator)
         attend = attending.Attend(count * length, length, device, sparse, **lesson)
-        loss, parts = step_losses(wrapped, tokens, kinds, attend, ropes[length], settings.optimizer)
+        loss, parts, counted = step_losses(
+            wrapped, tokens, kinds, attend, ropes[length], settings.optimizer
+        )
+        tally = tally + counted
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         share = phase.share(step, max((step + 1) / phase.steps, spent))
@@ -191,10 +205,15 @@ def main():
         if step == first:
             started = time.time()  # the first step compiles
         if rank == 0 and (step % args.log_every == 0 or step + 1 == phase.steps):
+            right, asked_for = tally.tolist()
+            tally.zero_()
             record = {
                 "phase": args.phase, "arm": args.arm, "seed": args.seed, "step": step,
                 "length": length, "tokens": tokens_seen,
                 **{name: round(float(value), 4) for name, value in parts.items()},
+                "answer_tokens_right": round(sum(right) / max(1, sum(asked_for)), 4),
+                "right": {task: round(good / all_, 3)
+                          for task, good, all_ in zip(ruler.TASKS, right, asked_for) if all_},
                 "gradient": round(float(norm), 3), "rate": round(share, 4),
                 "waited": round(waited, 2), "seconds": round(before + time.time() - began, 1),
             }  # fmt: skip
