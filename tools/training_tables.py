@@ -6,6 +6,8 @@ python/tests/scale.py. The paper's numbers (arXiv 2509.24663, tables 1 and 4) st
 """
 
 import json
+import math
+import statistics
 
 BEGIN = "<!-- begin:training (tools/training_tables.py writes what follows) -->"
 END = "<!-- end:training -->"
@@ -36,7 +38,7 @@ def load(folder):
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            changing = ("date", "correct", "total", "nll", "texts", "ms", "ms_low", "ms_high",
+            changing = ("date", "correct", "total", "each", "nll", "texts", "ms", "ms_low", "ms_high",
                         "ms_one", "tokens_per_second", "mfu", "memory_gb", "error", "bound",
                         "steps", "seconds", "commit")
             if record["name"] == "adapt.run":
@@ -58,21 +60,42 @@ class Scores:
     """Shares of right items, seeds together: score(arm, attention, length[, task])."""
 
     def __init__(self, records):
-        self.cells = {}
+        self.cells = {}  # -> shares of right items of every case
         tasks = [r for r in records if r["name"] == "adapt.task"]
         self.blocks = max((r["blocks"] for r in tasks), default=0)  # what the runs were made for
         for r in tasks:
             if r["blocks"] == self.blocks:
-                cell = self.cells.setdefault((r["arm"], r["attention"], r["length"], r["task"]), [0, 0])
-                cell[0] += r["correct"]
-                cell[1] += r["total"]
+                cell = self.cells.setdefault((r["arm"], r["attention"], r["length"], r["task"]), [])
+                cell += [right * len(r["each"]) / r["total"] for right in r["each"]]
 
     def __call__(self, arm, attention, length, task=None):
         if task:
-            right, total = self.cells.get((arm, attention, length, task), (0, 0))
-            return 100 * right / total if total else None
+            cell = self.cells.get((arm, attention, length, task))
+            return 100 * sum(cell) / len(cell) if cell else None
         each = [self(arm, attention, length, t) for t in TASKS]
         return None if None in each else sum(each) / len(each)
+
+    def error(self, arm, attention, length):
+        """Standard error of the mean of the tasks, in points."""
+        return self.ratio((arm, attention), None, length)[1]
+
+    def ratio(self, first, second, length):
+        """first / second of (arm, attention) in percent, and its standard error, case by case.
+
+        With R = A / B the error of A - R B, divided by B: cases that both get wrong, or right, add
+        little. second None: B = 1.
+        """
+        top = self(*first, length)
+        bottom = self(*second, length) if second else 100.0
+        if top is None or not bottom:
+            return None, None
+        ratio, variance = top / bottom, 0.0
+        for task in TASKS:
+            above = self.cells[*first, length, task]
+            below = self.cells[*second, length, task] if second else [0.0] * len(above)
+            rest = [a - ratio * b for a, b in zip(above, below)]
+            variance += statistics.variance(rest) / len(rest) if len(rest) > 1 else 0.0
+        return 100 * ratio, 1e4 * math.sqrt(variance) / len(TASKS) / bottom
 
     def lengths(self):
         return sorted({length for _, _, length, _ in self.cells})
@@ -99,17 +122,17 @@ def retention_table(score):
     """Every reading at every length; of (a) read dense, the yardstick, the sparse ones in percent."""
     rows = []
     for length in score.lengths():
-        base = score("dense", "dense", length)
         row = [kilo(length)]
         row += [one(score(arm, attention, length)) for arm in ARMS for attention in ("dense", "sparse")]
+        row.append(one(score.error("dense", "dense", length)))
         for arm in ("dense", "sparse", "aligned"):
-            value = score(arm, "sparse", length)
-            row.append(f"{100 * value / base:.1f} %" if value is not None and base else "")
+            value, error = score.ratio((arm, "sparse"), ("dense", "dense"), length)
+            row.append("" if value is None else f"{value:.1f} ± {error:.1f} %")
         rows.append(row)
     letters = ("(c)", "(a)", "(b)", "(d)")
     head = [f"{letter} read {a}" for letter in letters for a in ("dense", "sparse")]
-    return table(["tokens", *head, "(a) sparse / (a) dense", "(b) sparse / (a) dense",
-                  "(d) sparse / (a) dense"], rows)
+    return table(["tokens", *head, "± of (a) read dense", "(a) sparse / (a) dense",
+                  "(b) sparse / (a) dense", "(d) sparse / (a) dense"], rows)
 
 
 def budget_table(records, score):

@@ -2,6 +2,7 @@
 """The tables of docs/training.md from made-up records."""
 
 import json
+import math
 import pathlib
 import tempfile
 import unittest
@@ -12,7 +13,8 @@ import training_tables
 def task(arm, attention, name, correct, blocks=96):
     return {"name": "adapt.task", "model": "h200", "arm": arm, "seed": 1, "device": "x",
             "date": "2026-01-01", "blocks": blocks, "task": name, "length": 32768,
-            "attention": attention, "correct": correct, "total": 10}
+            "attention": attention, "correct": correct, "total": 10,
+            "each": [1] * correct + [0] * (10 - correct)}
 
 
 def all_tasks(arm, attention, correct, blocks=96):
@@ -23,7 +25,11 @@ class TrainingTablesTest(unittest.TestCase):
     def test_ratio_is_that_of_the_means(self):
         records = all_tasks("dense", "dense", 8) + all_tasks("sparse", "sparse", 6)
         text = training_tables.region(records)
-        self.assertIn("| 32K |  |  | 80.0 |  |  | 60.0 |  |  |  | 75.0 % |  |", text)
+        # a - 0.75 b is 1/4, -3/4 and 0 in 6, 2 and 2 of ten cases: variance 1/6; b's: 8/45.
+        error = 100 * math.sqrt(11 / 6 / 10) / 11 / 0.8
+        base = 100 * math.sqrt(11 * 8 / 45 / 10) / 11
+        row = f"| 32K |  |  | 80.0 |  |  | 60.0 |  |  | {base:.1f} |  | 75.0 ± {error:.1f} % |  |"
+        self.assertIn(row, text)
 
     def test_fewer_blocks_stand_apart(self):
         records = all_tasks("aligned", "dense", 8) + all_tasks("aligned", "sparse", 4, blocks=40)
