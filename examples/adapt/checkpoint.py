@@ -9,7 +9,7 @@ import shutil
 import network
 import safetensors.torch
 import torch
-from needle import export, model, selection
+from needle import export, model
 
 
 def config_of(settings) -> network.Config:
@@ -20,10 +20,7 @@ def config_of(settings) -> network.Config:
 
 def write(net: network.Network, folder: pathlib.Path, tokenizer: pathlib.Path | None) -> None:
     """bf16 safetensors, config.json and the tokenizer's files."""
-    names = {f.name for f in dataclasses.fields(selection.SparseConfig)}
-    sparse = {k: v for k, v in dataclasses.asdict(net.config.sparse).items() if k in names}
     fields = {f.name: getattr(net.config, f.name) for f in dataclasses.fields(net.config)}
-    fields["sparse"] = selection.SparseConfig(**sparse)
     export.write(net.state_dict(), model.Config(**fields), folder)
     if tokenizer is not None:
         for path in tokenizer.parent.glob("*token*"):

@@ -111,7 +111,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the training run, for the records")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="append records here")
     parser.add_argument("--lengths", type=int, nargs="+", help="only these")
-    parser.add_argument("--topk", type=int, help="instead of the checkpoint's")
+    parser.add_argument("--topk", type=int, help="instead of the checkpoint's; read sparse only")
     parser.add_argument("--deadline", type=float, default=math.inf, help="Unix time")
     parser.add_argument("--workers", type=int, default=12)
     args = parser.parse_args()
@@ -122,6 +122,7 @@ def main():
         sparse = dataclasses.replace(net.config.sparse, topk=args.topk)
         net.config = dataclasses.replace(net.config, sparse=sparse)
     score = Scorer(net, device)
+    readings = (False, True) if args.topk is None else (True,)
     # The longest that training saw first: if time runs out, that is known.
     lengths = args.lengths or sorted(map(int, settings.evaluate["cases"]), reverse=True)
     began, right, asked = time.time(), collections.defaultdict(list), collections.Counter()
@@ -132,7 +133,7 @@ def main():
         if time.time() > args.deadline:
             print(f"{args.arm}: out of time at batch {done} of {len(loader)}", file=sys.stderr)
             break
-        for sparse in (False, True):
+        for sparse in readings:
             if not sparse or net.config.sparse.is_sparse_at(length):
                 _, best = score(tokens, sparse)
             for row, (task, asked_for) in enumerate(items):
@@ -145,7 +146,7 @@ def main():
     for length, tokens in texts:
         if time.time() > args.deadline + 15:
             break
-        for sparse in (False, True):
+        for sparse in readings:
             if not sparse or net.config.sparse.is_sparse_at(length):
                 out, _ = score(tokens, sparse)
             losses[length, sparse].append(float(out[0, -min(SCORED, length // 2) :].mean()))

@@ -13,4 +13,3 @@ import make_tokenizer  # noqa: F401
 import model  # noqa: F401
 import optimizer  # noqa: F401
 import samples  # noqa: F401
-import selection  # noqa: F401

@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # The whole experiment within a given time on the GPUs there are: pretraining on all of them, then
-# arms and evaluations one a GPU, the next as one becomes free. Ends in time and leaves what there is.
+# arms and evaluations one a GPU, the next as one becomes free. Ends in time and leaves what there is;
+# arms that a deadline cuts short have no equal budgets, so give it the seconds that its steps need.
 #
 #   examples/adapt/run.sh OUT SECONDS [CONFIG]
 #
 # needs .train/adapt/text and .train/adapt/tokenizer (text.py, tokenizer.py) and `import infllm`.
 # OUT gets results.jsonl, the logs, and one folder a run with its checkpoint and state. Started again,
 # it goes on: a run that has its run.jsonl is done. ADAPT_UNTIL=short stops before the arms;
-# ADAPT_STRETCH multiplies the configuration's steps.
+# ADAPT_STRETCH multiplies the configuration's steps. A training step is timed while ids are made.
 set -u
 OUT=$1 TOTAL=$2
 HERE=$(dirname "$0") CONFIG=${3:-$(dirname "$0")/configs/h200.toml}
@@ -26,11 +27,18 @@ say() { echo "== $(( $(date +%s) - START )) s: $*"; }
 # Thousandths at which pretraining ends, the last arm ends, and evaluations stop.
 WAVES=$(( (${#ARMS[@]} + GPUS - 1) / GPUS ))
 SHORT=350 LAST=800 STOP=960
-[ "${ADAPT_UNTIL:-}" = short ] && SHORT=740
+[ "${ADAPT_UNTIL:-}" = short ] && SHORT=960
 
+made=
 if [ ! -e .train/adapt/data/words.txt ]; then
-  python3 "$HERE/documents.py" --processes "$(nproc)" || exit 1
+  python3 "$HERE/documents.py" --processes $(( $(nproc) > 4 ? $(nproc) - 4 : 1 )) &
+  made=$!
 fi
+if [ ! -e "$OUT/step.log" ]; then  # compiles what all runs need
+  timeout -k 5 60 python3 "$HERE/bench_step.py" --config "$CONFIG" --lengths 4096 32768 \
+    --out "$OUT/step.jsonl" > "$OUT/step.log" 2>&1
+fi
+[ -z "$made" ] || wait "$made" || exit 1
 for processes in "$GPUS" 1; do  # one, should several not work together
   [ -e "$OUT/short/run.jsonl" ] && break
   say "pretraining on $processes GPUs"
@@ -60,22 +68,11 @@ evaluated() {  # run, name of the log, more options
     [ -e "$OUT/$1.failed" ] || (( $(left $STOP) < 0 )) && return
     sleep 1
   done
+  rm -f "$OUT/$2.eval.jsonl"
   timeout -k 5 "$(left 985)" python3 "$HERE/evaluate.py" --config "$CONFIG" --model "$OUT/$1/model" --arm "$1" \
-    --workers $WORKERS --deadline "$(at $STOP)" --out "$OUT/results.jsonl" "${@:3}" > "$OUT/$2.eval.log" 2>&1
+    --workers $WORKERS --deadline "$(at $STOP)" --out "$OUT/$2.eval.jsonl" "${@:3}" > "$OUT/$2.eval.log" 2>&1
 }
-step_timed() {
-  [ -e "$OUT/step.log" ] && return
-  timeout -k 5 60 python3 "$HERE/bench_step.py" --config "$CONFIG" --lengths 4096 32768 --out "$OUT/results.jsonl" \
-    > "$OUT/step.log" 2>&1
-}
-
-if [ "${ADAPT_UNTIL:-}" = short ]; then
-  on_free_gpu evaluated short short
-  on_free_gpu step_timed
-  wait
-  cat "$OUT/short.eval.log" "$OUT/step.log"
-  exit
-fi
+[ "${ADAPT_UNTIL:-}" = short ] && exit
 say arms
 now=$(( $(date +%s) - START )) wave=0
 for i in "${!ARMS[@]}"; do
@@ -83,14 +80,13 @@ for i in "${!ARMS[@]}"; do
   wave=$(( i / GPUS + 1 ))
   on_free_gpu continued "${ARMS[i]}" $(( START + now + (TOTAL * LAST / 1000 - now) * wave / WAVES ))
 done
-on_free_gpu step_timed
 for run in short "${ARMS[@]}"; do on_free_gpu evaluated "$run" "$run"; done
 for topk in 32 8; do  # 64 and 40 of the 96 blocks that it was continued with
   (( $(left $STOP) > 40 )) && on_free_gpu evaluated aligned "few-$topk" --lengths 32768 --topk $topk
 done
 wait
 rm -f "$OUT/free"
-cat "$OUT"/*/run.jsonl >> "$OUT/results.jsonl"
+cat "$OUT"/*.eval.jsonl "$OUT/step.jsonl" "$OUT"/*/run.jsonl > "$OUT/results.jsonl"
 cat "$OUT"/*.eval.log | grep -v '^$'
 for field in text_loss answer_loss; do
   python3 "$HERE/plot.py" --field $field --out "$OUT/$field.svg" "$OUT"/*/log.jsonl
