@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times what else computes attention on this GPU, beside our own results.
 
-    bench/peers_cuda.py --ours ours.jsonl --output bench/results/h200.jsonl [--commit HASH]
+    bench/peers_cuda.py --ours ours.jsonl --output bench/results/h200.jsonl
 
 Reads the lines of device_bench, runs PyTorch's scaled_dot_product_attention with its cuDNN and
 FlashAttention-2 backends at the same shapes (causal prefill for dense.forward and
 attention.forward, its gradients for the backward rows, one query token for the decode rows), and
 infllm_v2's published kernels where they are installed (published_peer.py), and writes every line of
 ours with its peers: peer, peer_ms, ratio. Run it right after device_bench, on the same machine.
-Lines of other programs pass through unchanged.
+Lines of other programs pass through unchanged. A line leaves ours.jsonl when it is in the output, so
+that each is in one of the two files whenever the program is stopped.
 """
 
 import argparse
@@ -189,17 +190,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ours", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="lines are appended")
-    parser.add_argument("--commit", help="for lines without one: no repository where they ran")
     options = parser.parse_args()
     peers = Peers()
+    waiting = options.ours.read_text(encoding="utf-8").splitlines(keepends=True)
     with options.output.open("a", encoding="utf-8") as output:
-        for text in options.ours.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            if options.commit and not line.get("commit"):
-                line["commit"] = options.commit
-            for merged in with_peers(line, peers):
-                output.write(json.dumps(merged) + "\n")
-                output.flush()
+        while waiting:
+            merged = with_peers(json.loads(waiting.pop(0)), peers)
+            output.writelines(json.dumps(line) + "\n" for line in merged)
+            output.flush()
+            options.ours.write_text("".join(waiting), encoding="utf-8")
 
 
 if __name__ == "__main__":

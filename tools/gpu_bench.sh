@@ -5,7 +5,8 @@
 #
 # The measurements of docs/performance.md that an NVIDIA GPU makes, appended to RESULTS: four minutes
 # on an H200. The attention rows get PyTorch's attention beside them (bench/peers_cuda.py) if python3
-# has PyTorch with CUDA. Parts, all by default:
+# has PyTorch with CUDA. When it is stopped, what was measured is in RESULTS, perhaps without peers.
+# In a copy of the tree without .git, INFLLM_COMMIT has to name the commit. Parts, all by default:
 #
 #   attention   one layer: prompts of 8K to 128K, all kinds of input, one token of many sequences
 #   backward    gradients of one layer, and forward and backward together
@@ -18,12 +19,18 @@ build=$1 results=$2
 shift 2
 parts=${*:-attention backward model long million}
 cd "$(dirname "$0")/.."
-ours=$results.part  # stays behind, with what was measured, when the peers do not come to an end
+[[ -n ${INFLLM_COMMIT:-} ]] || git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || {
+  printf 'found no git repository here, expected INFLLM_COMMIT to name the commit\n' >&2
+  exit 1
+}
+ours=$results.part  # lines of device_bench that have not met their peers
 text=$(mktemp)
-trap 'rm -f "$text"' EXIT
+keep() { [[ ! -s $ours ]] || cat "$ours" >>"$results"; rm -f "$ours"; }
+trap 'keep; rm -f "$text"' EXIT
+trap 'exit 143' TERM INT HUP
 
 run() {
-  printf '\n== %s\n' "$*"
+  printf '\n== %s (after %d s)\n' "$*" "$SECONDS"
   "$@"
 }
 attention() { run "$build/bench/device_bench" --repetitions 3 --output "$ours" "$@"; }
@@ -36,9 +43,8 @@ with_peers() {
     run bench/peers_cuda.py --ours "$ours" --output "$results"
   else
     printf 'no PyTorch with CUDA: results without peers\n' >&2
-    cat "$ours" >> "$results"
   fi
-  rm "$ours"
+  keep
 }
 
 if [[ " $parts " == *" attention "* ]]; then

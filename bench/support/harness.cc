@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <fstream>
@@ -25,7 +26,9 @@ std::string first_line_of(const char* command) {
   return line;
 }
 
+// $INFLLM_COMMIT, for a copy of the tree without its repository; else what git says.
 std::string commit() {
+  if (const char* named = std::getenv("INFLLM_COMMIT"); named != nullptr) return named;
   const std::string hash = first_line_of("git rev-parse --short HEAD 2>/dev/null");
   const bool dirty =
       !first_line_of("git status --porcelain --untracked-files=no 2>/dev/null").empty();

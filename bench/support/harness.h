@@ -25,7 +25,7 @@ namespace infllm::bench {
 using Json = nlohmann::ordered_json;
 
 // name, backend, device, commit and date. The commit is that of the sources in the current
-// directory, with "+" when they differ from it.
+// directory, with "+" when they differ from it; INFLLM_COMMIT names it for a copy without .git.
 Json result_line(std::string_view name, std::string_view backend);
 // The same, and of a device its own name and its driver.
 Json result_line(std::string_view name, const Backend& backend);

@@ -106,6 +106,9 @@ Status run_tests(const Session& session, const Options& options, const std::stri
     bar.update(done, note);
     rows.push_back(INFLLM_TRY(run_test(runner, session, test, attention, options.bench,
                                        [&] { bar.update(++done, note); })));
+    if (const std::string& file = options.bench.jsonl_file; !file.empty()) {
+      INFLLM_TRY(append_records(file, {bench_record(session, rows)}));  // the next may be stopped
+    }
   }
   return {};
 }
@@ -117,6 +120,7 @@ Status bench(const Options& options) {
   const std::unique_ptr<Session> session =
       INFLLM_TRY(open_session(options.model, options.bench.synthetic));
   print_effective_values(*session, options.model);
+  std::ranges::sort(modes);  // dense first: the peer of the sparse row
   if (!session->config().sparse) std::erase(modes, "sparse");
   if (modes.empty()) {
     return invalid_argument("this model has no sparse attention; add --sparse on");
@@ -136,8 +140,7 @@ Status bench(const Options& options) {
   if (!write_stdout(bench_text(*session, rows, options.bench.output))) {
     return io_error("standard output is closed");
   }
-  if (options.bench.jsonl_file.empty()) return {};
-  return append_records(options.bench.jsonl_file, bench_records(*session, rows));
+  return {};
 }
 
 }  // namespace

@@ -145,37 +145,33 @@ std::string bench_text(const Session& session, const std::vector<BenchRow>& rows
   return text;
 }
 
-std::vector<nlohmann::json> bench_records(const Session& session,
-                                          const std::vector<BenchRow>& rows) {
+nlohmann::json bench_record(const Session& session, const std::vector<BenchRow>& rows) {
   const model::ModelConfig& config = session.config();
-  std::vector<nlohmann::json> records;
-  for (const BenchRow& row : rows) {
-    const bool is_prefill = row.test.generated == 0;
-    nlohmann::json record = record_header(session, is_prefill ? "model.prefill" : "model.decode");
-    record["shape"] = {{"model", session.name},       {"weights", session.dtype},
-                       {"attention", row.attention},  {"batch", 1},
-                       {"heads_q", config.heads},     {"heads_kv", config.kv_heads},
-                       {"head_dim", config.head_dim}, {"tokens", row.test.tokens()},
-                       {"depth", row.test.depth}};
-    if (!session.is_device()) record["shape"]["threads"] = session.threads();
-    record["input"] = row.repeat == 1 ? "random" : fmt::format("repeat-{}", row.repeat);
-    record["ms"] = row.milliseconds.median;
-    record["ms_low"] = row.milliseconds.low;
-    record["ms_high"] = row.milliseconds.high;
-    record["visible_share"] = row.visible_share;
-    record["steps_ms"] = times_json(row.times);
-    for (auto& step : record["steps_ms"]) step = step.get<double>() / row.timed_runs;
-    if (row.timed_runs == 0) record.erase("steps_ms");
-    if (!is_prefill) record["gbps"] = row.weight_gbps + row.cache_gbps;
-    const BenchRow* dense = find(rows, row.test, "dense");
-    if (row.attention == "sparse" && dense != nullptr) {
-      record["peer"] = "dense";
-      record["peer_ms"] = dense->milliseconds.median;
-      record["ratio"] = dense->milliseconds.median / row.milliseconds.median;
-    }
-    records.push_back(std::move(record));
+  const BenchRow& row = rows.back();
+  const bool is_prefill = row.test.generated == 0;
+  nlohmann::json record = record_header(session, is_prefill ? "model.prefill" : "model.decode");
+  record["shape"] = {{"model", session.name},       {"weights", session.dtype},
+                     {"attention", row.attention},  {"batch", 1},
+                     {"heads_q", config.heads},     {"heads_kv", config.kv_heads},
+                     {"head_dim", config.head_dim}, {"tokens", row.test.tokens()},
+                     {"depth", row.test.depth}};
+  if (!session.is_device()) record["shape"]["threads"] = session.threads();
+  record["input"] = row.repeat == 1 ? "random" : fmt::format("repeat-{}", row.repeat);
+  record["ms"] = row.milliseconds.median;
+  record["ms_low"] = row.milliseconds.low;
+  record["ms_high"] = row.milliseconds.high;
+  record["visible_share"] = row.visible_share;
+  record["steps_ms"] = times_json(row.times);
+  for (auto& step : record["steps_ms"]) step = step.get<double>() / row.timed_runs;
+  if (row.timed_runs == 0) record.erase("steps_ms");
+  if (!is_prefill) record["gbps"] = row.weight_gbps + row.cache_gbps;
+  const BenchRow* dense = find(rows, row.test, "dense");
+  if (row.attention == "sparse" && dense != nullptr) {
+    record["peer"] = "dense";
+    record["peer_ms"] = dense->milliseconds.median;
+    record["ratio"] = dense->milliseconds.median / row.milliseconds.median;
   }
-  return records;
+  return record;
 }
 
 }  // namespace infllm::app

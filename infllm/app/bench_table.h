@@ -40,8 +40,8 @@ struct BenchRow {
 std::string bench_text(const Session& session, const std::vector<BenchRow>& rows,
                        const std::string& format);
 
-// model.prefill and model.decode lines of bench/results; a sparse row has its dense one as peer.
-std::vector<nlohmann::json> bench_records(const Session& session,
-                                          const std::vector<BenchRow>& rows);
+// The last row as a model.prefill or model.decode line of bench/results; a sparse row has its dense
+// one as peer, if that is among the rows.
+nlohmann::json bench_record(const Session& session, const std::vector<BenchRow>& rows);
 
 }  // namespace infllm::app

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -26,8 +27,10 @@ std::string first_line(const fs::path& path) {
   return line;
 }
 
-// The commit that the current directory's repository is at; empty outside of one.
+// $INFLLM_COMMIT, for a copy of the tree without its repository; else the commit that the current
+// directory's repository is at; empty outside of one.
 std::string commit() {
+  if (const char* named = std::getenv("INFLLM_COMMIT"); named != nullptr) return named;
   std::error_code error;
   for (fs::path at = fs::current_path(error); !at.empty(); at = at.parent_path()) {
     const fs::path git = at / ".git";
