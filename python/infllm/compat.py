@@ -8,13 +8,19 @@ Remote code of released checkpoints then finds what it imports. Attention runs o
 any group size; stage 1 and the pooling, whose interface is one array entry for each token and
 window, are plain PyTorch. ``infllm.attention`` does both in one step, without that array.
 What we do not do (dropout, sliding windows, ALiBi, soft capping) is refused, never ignored.
+
+The package changed in August 2025. Code written before (the first of MiniCPM4) leaves the local
+blocks out of ``topk_idx`` and passes ``block_window_size``; ``install(block_window=True)`` is for
+it. Code written for one is refused by the other.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,16 +34,39 @@ _BLOCK = 64
 _COMPRESSED_STRIDE = 16  # tokens between the windows that stage 1 scores
 
 
-def install(name: str = "infllm_v2") -> None:
-    """Makes ``import infllm_v2`` give this module's functions. Opt-in: nothing else calls it."""
+def install(name: str = "infllm_v2", *, block_window: bool = False) -> None:
+    """Makes ``import infllm_v2`` give this module's functions. Opt-in: nothing else calls it.
+
+    Args:
+        block_window: for remote code that passes ``block_window_size``: pooling then scores the
+            local blocks last, because attention adds them.
+    """
     module = types.ModuleType(name, __doc__)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     module.__version__ = __version__
-    for function in (infllmv2_attn_varlen_func, infllmv2_attn_stage1, infllmv2_attn_with_kvcache,
-                     max_pooling_1d, max_pooling_1d_varlen, topk_to_uint64, blockmask_to_uint64,
-                     uint64_to_bool):
+    for function in (infllmv2_attn_stage1, topk_to_uint64, blockmask_to_uint64, uint64_to_bool):
         setattr(module, function.__name__, function)
+    for function in (infllmv2_attn_varlen_func, infllmv2_attn_with_kvcache):
+        setattr(module, function.__name__, _expecting_window(function, block_window))
+    for function in (max_pooling_1d, max_pooling_1d_varlen):
+        setattr(module, function.__name__,
+                functools.partial(function, local_score=-torch.inf) if block_window else function)
     sys.modules[name] = module
+
+
+def _expecting_window(function: Callable[..., Any], expected: bool) -> Callable[..., Any]:
+    """The function, refusing calls of the generation of remote code that was not installed for."""
+    @functools.wraps(function)
+    def checked(*args: Any, **rest: Any) -> Any:
+        window = rest.get("block_window_size", 0)
+        if rest.get("topk_idx") is not None and (window > 0) != expected:
+            raise NotImplementedError(
+                f"block_window_size = {window}: this model's code is of the "
+                f"{'first' if window else 'later'} kind; call infllm.compat.install("
+                f"block_window={window > 0}) before loading it")
+        return function(*args, **rest)
+
+    return checked
 
 
 def _refuse(**given: tuple[Any, Any]) -> None:
@@ -60,11 +89,12 @@ def infllmv2_attn_varlen_func(
     causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, block_table: Tensor | None = None,
-    topk_idx: Tensor | None = None,
+    topk_idx: Tensor | None = None, block_window_size: int = 0,
 ) -> Tensor:
     """Attention over the blocks of topk_idx [Hkv, T, K] (-1: none), or all blocks; differentiable.
 
-    q is [T, Hq, D], k and v are [S, Hkv, D]. Always deterministic.
+    q is [T, Hq, D], k and v are [S, Hkv, D]. Always deterministic. block_window_size: so many
+    blocks up to a token's own are attended to whether chosen or not.
     """
     _refuse(dropout_p=(dropout_p, 0.0), window_size=(tuple(window_size), (-1, -1)),
             softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None),
@@ -73,18 +103,42 @@ def infllmv2_attn_varlen_func(
     _causal_enough(causal, max_seqlen_q)
     rest: dict[str, Any] = {}
     if topk_idx is not None:
-        blocks = -(-max_seqlen_k // _BLOCK)
-        topk_idx = topk_idx.to(torch.int32)
-        rest = {"sparse_config": SparseConfig(), "sparse": True,
-                "selection": torch.where(topk_idx < blocks, topk_idx, -1)}
+        held = cu_seqlens_k.diff() - cu_seqlens_q.diff()
+        positions, _ = _places(cu_seqlens_q, held, q.shape[0])
+        rest = _over_blocks(topk_idx, positions, max_seqlen_k, block_window_size)
     return attention(q, k, v, cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32),
                      max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale, **rest)
+
+
+def _places(cu_seqlens: Tensor, held: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of ``total`` packed tokens behind ``held`` [B] others: their positions and sequences."""
+    tokens = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+    sequence = sequence.clamp(max=cu_seqlens.shape[0] - 2)
+    return tokens - cu_seqlens[sequence] + held[sequence], sequence
+
+
+def _over_blocks(topk_idx: Tensor, positions: Tensor, max_seqlen_k: int,
+                 window: int) -> dict[str, Any]:
+    """Arguments of ``attention``: the blocks of topk_idx and, if asked for, the local ones."""
+    none = -(-max_seqlen_k // _BLOCK)  # an index behind every block
+    chosen = topk_idx.to(torch.int32)
+    chosen = torch.where((chosen >= 0) & (chosen < none), chosen, none)
+    if window > 0:
+        own = (positions // _BLOCK).to(torch.int32)[:, None]
+        local = own - torch.arange(window - 1, -1, -1, dtype=torch.int32, device=own.device)
+        local = torch.where(local >= 0, local, none).expand(chosen.shape[0], -1, -1)
+        chosen = torch.where(chosen <= own - window, chosen, none)
+        chosen = torch.cat([chosen, local], -1).sort(-1).values
+    return {"sparse_config": SparseConfig(), "sparse": True,
+            "selection": torch.where(chosen < none, chosen, -1)}
 
 
 @torch.no_grad()
 def infllmv2_attn_stage1(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    cu_seqlens_v: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0,
+    cu_seqlens_v: Tensor | None = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
+    dropout_p: float = 0.0,
     softmax_scale: float | None = None, causal: bool = False,
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, deterministic: bool = False,
@@ -92,9 +146,15 @@ def infllmv2_attn_stage1(
 ) -> Tensor:
     """Scores of the pooled keys k, [W, Hkv, D], normalised by the coarser ones v, [W2, Hkv, D].
 
+    Without cu_seqlens_v, or where a sequence has as many in v as in k, k normalises itself.
     Returns [Hkv, T, max_seqlen_k] in q's type, summed over the group's heads; 0 where nothing is
     visible. With causal, q are a sequence's first tokens and k its windows of 32 every 16.
     """
+    if cu_seqlens_v is None:
+        v, cu_seqlens_v = k, cu_seqlens_k
+    elif not isinstance(cu_seqlens_v, Tensor):
+        raise TypeError(f"cu_seqlens_v: {cu_seqlens_v!r}, expected a tensor or None; before it "
+                        "was an argument max_seqlen_q stood here: pass that by name")
     _refuse(dropout_p=(dropout_p, 0.0), window_size=(tuple(window_size), (-1, -1)),
             softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None),
             return_attn_probs=(return_attn_probs, True), block_table=(block_table, None))
@@ -105,6 +165,7 @@ def infllmv2_attn_stage1(
     for q0, q1, k0, k1, v0, v1 in zip(*(s for c in starts for s in (c[:-1], c[1:])), strict=True):
         fine = k[k0:k1].float().permute(1, 2, 0)  # [Hkv, D, W]
         coarse = v[v0:v1].float().permute(1, 2, 0)
+        stride = _COMPRESSED_STRIDE * (1 if v1 - v0 == k1 - k0 else 4)
         for first in range(q0, q1, 256):
             rows = slice(first, min(first + 256, q1))
             heads = q[rows].float().unflatten(1, (heads_kv, group)).permute(1, 2, 0, 3)
@@ -112,7 +173,7 @@ def infllmv2_attn_stage1(
             scores = scale * (heads @ fine[:, None])
             if causal:
                 seen = torch.arange(first - q0, rows.stop - q0, device=q.device)[:, None] + 1
-                norm = _hide(norm, seen // (4 * _COMPRESSED_STRIDE) - 1)
+                norm = _hide(norm, seen // stride - 1)
                 scores = _hide(scores, seen // _COMPRESSED_STRIDE - 1)
             shares = (scores - torch.logsumexp(norm, -1, keepdim=True)).exp()
             shares = shares.nan_to_num(0, 0, 0).sum(1)
@@ -126,33 +187,35 @@ def _hide(x: Tensor, visible: Tensor) -> Tensor:
 
 
 def max_pooling_1d(input: Tensor, cache_len: int, local_blocks: int, init_blocks: int,
-                   block_size: int = 64, stride: int = 16) -> Tensor:
+                   block_size: int = 64, stride: int = 16, *,
+                   local_score: float = torch.inf) -> Tensor:
     """Windows' scores [Hkv, T, W] as blocks' [Hkv, T, N]: the best overlapping window; +inf for
-    the first init_blocks, the own block and local_blocks before it, -inf ahead of the token."""
+    the first init_blocks, the own block and local_blocks before it, -inf ahead of the token.
+
+    With local_score = -inf the own block and the local_blocks - 1 before it come last instead.
+    """
     tokens = input.shape[1]
     positions = torch.arange(tokens, device=input.device) + int(cache_len)
     windows = torch.full_like(positions, input.shape[2])
     blocks = -(-(tokens + int(cache_len)) // block_size)
-    return _pool(input, positions, windows, blocks, local_blocks, init_blocks, block_size, stride)
+    return _pool(input, positions, windows, blocks, local_blocks, init_blocks, block_size, stride,
+                 local_score)
 
 
 def max_pooling_1d_varlen(
     input: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, cache_lens: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, local_blocks: int, init_blocks: int,
-    block_size: int = 64, stride: int = 16, total_q: int = -1,
+    block_size: int = 64, stride: int = 16, total_q: int = -1, *, local_score: float = torch.inf,
 ) -> Tensor:
     """``max_pooling_1d`` of packed sequences; cu_seqlens_k counts windows."""
-    tokens = torch.arange(input.shape[1], device=input.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), tokens, right=True)
-    sequence = sequence.clamp(max=cu_seqlens_q.shape[0] - 2)
-    positions = tokens - cu_seqlens_q[sequence] + cache_lens[sequence]
+    positions, sequence = _places(cu_seqlens_q, cache_lens, input.shape[1])
     blocks = -(-(int(max_seqlen_q) + int(cache_lens.max())) // block_size)
     return _pool(input, positions, cu_seqlens_k.diff()[sequence], blocks, local_blocks,
-                 init_blocks, block_size, stride)
+                 init_blocks, block_size, stride, local_score)
 
 
 def _pool(scores: Tensor, positions: Tensor, windows: Tensor, blocks: int, local_blocks: int,
-          init_blocks: int, block_size: int, stride: int) -> Tensor:
+          init_blocks: int, block_size: int, stride: int, local_score: float) -> Tensor:
     step = block_size // stride
     scores = _hide(scores, windows[:, None])
     room = blocks * step + 1  # one window before the first block
@@ -161,9 +224,9 @@ def _pool(scores: Tensor, positions: Tensor, windows: Tensor, blocks: int, local
     best = padded.unfold(-1, step + 1, step).amax(-1)
     block = torch.arange(blocks, device=scores.device)
     own = (positions // block_size)[:, None]
-    forced = (block < init_blocks) | ((block >= own - local_blocks) & (block <= own))
-    return best.masked_fill(block > own, -torch.inf).masked_fill(forced & (block <= own),
-                                                                 torch.inf)
+    local = block >= own - local_blocks + int(local_score < 0)
+    best = best.masked_fill(local, local_score).masked_fill(block < init_blocks, torch.inf)
+    return best.masked_fill(block > own, -torch.inf)
 
 
 def infllmv2_attn_with_kvcache(
@@ -174,18 +237,18 @@ def infllmv2_attn_with_kvcache(
     softmax_scale: float | None = None, causal: bool = False,
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None, num_splits: int = 0, return_softmax_lse: bool = False,
-    topk_idx: Tensor | None = None,
+    topk_idx: Tensor | None = None, block_window_size: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """New tokens q [B, Sq, Hq, D] over caches [B, S, Hkv, D], or pages [P, 64 n, Hkv, D] by
     block_table [B, pages]; k and v are written behind cache_seqlens first, in place.
+    cache_batch_idx [B]: the row of the caches that each sequence has.
 
     The caches are copied into our pages at every call, and their lengths are read, which waits for
     the device: ``infllm.KVCache`` does neither.
     """
     _refuse(rotary_cos=(rotary_cos, None), rotary_sin=(rotary_sin, None),
-            cache_batch_idx=(cache_batch_idx, None), cache_leftpad=(cache_leftpad, None),
-            window_size=(tuple(window_size), (-1, -1)), softcap=(softcap, 0.0),
-            alibi_slopes=(alibi_slopes, None))
+            cache_leftpad=(cache_leftpad, None), window_size=(tuple(window_size), (-1, -1)),
+            softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None))
     batch, new, _, _ = q.shape
     _causal_enough(causal, new)
     if cache_seqlens is None:
@@ -193,14 +256,17 @@ def infllmv2_attn_with_kvcache(
     if cache_seqlens is None or (k is None) != (v is None):
         raise ValueError("cache_seqlens, k or v: missing, expected cache_seqlens with block_table, "
                          "and k and v together")
+    if block_table is not None and cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx: given with block_table, expected one of them")
     lengths = cache_seqlens.tolist() if isinstance(cache_seqlens, Tensor) else \
         [cache_seqlens] * batch
+    owners = range(batch) if cache_batch_idx is None else cache_batch_idx.tolist()
     packed: list[list[Tensor]] = [[], []]
-    for b, held in enumerate(lengths):
+    for b, (held, owner) in enumerate(zip(lengths, owners, strict=True)):
         for cache, fresh, out in ((k_cache, k, packed[0]), (v_cache, v, packed[1])):
             if block_table is None:
                 rows = torch.arange(held + (new if fresh is not None else 0), device=q.device)
-                rows = rows + b * cache.shape[1]
+                rows = rows + owner * cache.shape[1]
             else:
                 at = torch.arange(held + (new if fresh is not None else 0), device=q.device)
                 size = cache.shape[1]
@@ -216,9 +282,9 @@ def infllmv2_attn_with_kvcache(
     queries = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
     rest: dict[str, Any] = {}
     if topk_idx is not None:
-        blocks = -(-max(totals) // _BLOCK)
-        rest = {"sparse_config": SparseConfig(), "sparse": True, "selection": torch.where(
-            topk_idx < blocks, topk_idx, -1).to(torch.int32)}
+        held = torch.tensor(totals, device=q.device) - new
+        positions, _ = _places(queries, held, batch * new)
+        rest = _over_blocks(topk_idx, positions, max(totals), block_window_size)
     out, lse = attention(q.flatten(0, 1), torch.cat(packed[0]), torch.cat(packed[1]), queries,
                          starts.cumsum(0, dtype=torch.int32), new, max(totals),
                          softmax_scale=softmax_scale, return_lse=True, **rest)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import oracle
@@ -46,6 +47,67 @@ def test_released_pipeline(device: str) -> None:
     assert torch.equal(out, infllm.attention(q, k, v, **case.where(device), sparse_config=SMALL))
     out.float().sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def sets(selection: torch.Tensor) -> list[frozenset[int]]:
+    return [frozenset(b for b in row if b >= 0) for row in selection.flatten(0, 1).tolist()]
+
+
+def test_code_with_block_window_size(device: str) -> None:
+    """The first release: stage 1 without a coarse set, the local blocks left to the kernel."""
+    config = dataclasses.replace(SMALL, window_size=128, dense_len=0, lse_source="fine",
+                                 legacy_window=True)
+    tokens, topk = 420, config.topk
+    q, k, v = Case("one", (tokens,), (tokens,)).numbers(torch.bfloat16, device)
+    cu, own = starts((tokens,)).to(device), torch.arange(tokens, device=device)[:, None] // 64
+    fine, _, cu_fine, _ = infllm.compress(k, sparse_config=config)
+    fine = fine[:cu_fine[-1]]
+    compat.install("early", block_window=True)
+    early = sys.modules.pop("early")
+    scores = early.infllmv2_attn_stage1(q, fine, fine.clone(), cu_seqlens_q=cu,
+                                        cu_seqlens_k=cu_fine, max_seqlen_q=tokens,
+                                        max_seqlen_k=fine.shape[0], causal=True)
+    blocks = early.max_pooling_1d(scores, cache_len=0, local_blocks=2, init_blocks=1)
+    chosen = torch.sort(blocks, stable=True, descending=True).indices[..., :topk].sort(-1).values
+    chosen = torch.where(chosen < own, chosen, -1).to(torch.int32)
+    out = early.infllmv2_attn_varlen_func(q, k, v, cu, cu, tokens, tokens, causal=True,
+                                          topk_idx=chosen, block_window_size=2)
+    expected, ours = infllm.attention(q, k, v, sparse_config=config, return_selection=True)
+    rows = compat._over_blocks(chosen, own[:, 0] * 64, tokens, 2)["selection"]
+    same = torch.tensor([a == b for a, b in zip(sets(rows), sets(ours), strict=True)])
+    same = same.view(2, tokens).all(0)
+    assert same.float().mean() > 0.95  # both break ties alike; sums are in another order
+    # A list with more columns may be summed in another order.
+    eps = torch.finfo(q.dtype).eps
+    assert (out - expected)[same].abs().max() <= 2 * eps * expected.abs().max()
+
+    last = early.infllmv2_attn_with_kvcache(
+        q[None, -1:], k[None], v[None], cache_seqlens=tokens, topk_idx=chosen[:, -1:],
+        block_window_size=2, cache_batch_idx=torch.zeros(1, dtype=torch.int32, device=device))
+    assert (last[0, 0] - out[-1]).abs().max() <= 2 * eps * out.abs().max()
+
+
+def test_code_of_the_other_kind_is_refused() -> None:
+    q = torch.randn(4, 2, 16)
+    cu, index = starts((4,)), torch.zeros(2, 4, 1, dtype=torch.int32)
+    for block_window in (False, True):
+        compat.install("some", block_window=block_window)
+        some = sys.modules.pop("some")
+        window = 0 if block_window else 32
+        with pytest.raises(NotImplementedError, match=rf"install\(block_window={not block_window}"):
+            some.infllmv2_attn_varlen_func(q, q, q, cu, cu, 4, 4, causal=True, topk_idx=index,
+                                           block_window_size=window)
+        some.infllmv2_attn_varlen_func(q, q, q, cu, cu, 4, 4, causal=True)
+    with pytest.raises(TypeError, match="cu_seqlens_v: 4, expected a tensor"):
+        compat.infllmv2_attn_stage1(q, q, q, cu, cu, 4, 4)
+
+
+def test_cache_rows() -> None:
+    q, k, v = torch.randn(2, 1, 2, 16), torch.randn(3, 70, 2, 16), torch.randn(3, 70, 2, 16)
+    out = compat.infllmv2_attn_with_kvcache(q, k, v, cache_seqlens=65,
+                                            cache_batch_idx=torch.tensor([2, 0]))
+    for b, owner in enumerate((2, 0)):
+        assert torch.equal(out[b], infllm.attention(q[b], k[owner, :65], v[owner, :65]))
 
 
 def test_stage1_against_the_oracle() -> None:

@@ -82,7 +82,7 @@ def attention_forward(
     if attention_mask.dim() != 2:
         raise NotImplementedError(f"attention_mask: {list(attention_mask.shape)}, expected the "
                                   "padding mask [B, S] or none")
-    return _padded(q, k, v, attention_mask.bool(), options), None
+    return attend_padded(q, k, v, attention_mask.bool(), options), None
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -90,12 +90,22 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
-    """Takes padding out, attends, and leaves zeros in its place."""
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any],
+                  ) -> Tensor:
+    """Takes padding out, attends, and leaves zeros in its place; waits for the device.
+
+    Args:
+        q, k, v: [B, Sq, Hq, D] and [B, Sk, Hkv, D]; the queries are the last of the keys' tokens.
+        mask: bool [B, Sk or more], false where there is padding.
+        options: of ``attention``; q_score and k_score are shaped as q and k.
+    """
     keys = mask[:, :k.shape[1]]
     queries = keys[:, keys.shape[1] - q.shape[1]:]
     starts = [torch.nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).to(torch.int32)
               for m in (queries, keys)]
+    options = {name: x[queries if name == "q_score" else keys]
+               if name in ("q_score", "k_score") and x is not None else x
+               for name, x in options.items()}
     packed = attention(q[queries], k[keys], v[keys], *starts, q.shape[1], k.shape[1], **options)
     out = q.new_zeros(q.shape)
     out[queries] = packed
