@@ -20,7 +20,9 @@ def end_of_turn(config):
 
 
 def config_json(config):
-    half = config.head_dim // 2
+    sparse = dataclasses.asdict(config.sparse)
+    for name in ("lse_source", "score_rounding", "legacy_window"):  # no names of config.json
+        sparse.pop(name, None)
     return {
         "architectures": ["MiniCPMForCausalLM"],
         "model_type": "minicpm",
@@ -37,9 +39,10 @@ def config_json(config):
         "rope_theta": config.rope_theta,
         "rope_scaling": {
             "rope_type": "longrope",
-            "long_factor": [1.0] * half,
-            "short_factor": [1.0] * half,
-            "original_max_position_embeddings": config.max_position_embeddings,
+            "long_factor": config.long_factor,
+            "short_factor": [1.0] * (config.head_dim // 2),
+            "original_max_position_embeddings": config.original_length,
+            "attention_factor": 1.0,
         },
         "scale_emb": config.scale_emb,
         "scale_depth": config.scale_depth,
@@ -53,7 +56,7 @@ def config_json(config):
         "bos_token_id": 1,
         "eos_token_id": [2, end_of_turn(config)],
         "torch_dtype": "bfloat16",
-        "sparse_config": dataclasses.asdict(config.sparse),
+        "sparse_config": sparse,
     }
 
 
@@ -89,9 +92,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("models/needle-32k"))
     args = parser.parse_args()
     state = torch.load(args.state, map_location="cpu", weights_only=True)["model"]
-    config = recipes.RECIPES[args.recipe].config
-    heads = state["model.layers.0.self_attn.k_proj.weight"].shape[0] // config.head_dim
-    write(state, dataclasses.replace(config, num_key_value_heads=heads), args.out)
+    write(state, recipes.RECIPES[args.recipe].config, args.out)
 
 
 if __name__ == "__main__":

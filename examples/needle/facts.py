@@ -115,9 +115,15 @@ class Generator:
         self.keys += 1
         return self.keys
 
+    def attribute(self) -> str:
+        return self.rng.choice(ATTRIBUTES)
+
+    def statement(self, attribute, name, value) -> str:
+        return plain_fact(attribute, name, value)
+
     def _plain(self, task, name) -> FactSet:
-        attribute, value, key = self.rng.choice(ATTRIBUTES), self.value(), self._key()
-        text = plain_fact(attribute, name, value)
+        attribute, value, key = self.attribute(), self.value(), self._key()
+        text = self.statement(attribute, name, value)
         question = f"What is the {attribute} of {name}?"
         return FactSet([Fact(text, key)], [Question(task, question, value, key)])
 
@@ -128,11 +134,11 @@ class Generator:
         """Four names over two first and two second words; one attribute, four questions."""
         a, b = self.first.pop(), self.first.pop()
         c, d = self.second.pop(), self.second.pop()
-        attribute = self.rng.choice(ATTRIBUTES)
+        attribute = self.attribute()
         result = FactSet([], [])
         for name in (f"{a} {c}", f"{a} {d}", f"{b} {c}", f"{b} {d}"):
             value, key = self.value(), self._key()
-            text = plain_fact(attribute, name, value)
+            text = self.statement(attribute, name, value)
             result.facts.append(Fact(text, key))
             result.questions.append(
                 Question("multi_key", f"What is the {attribute} of {name}?", value, key)
@@ -166,6 +172,62 @@ class Generator:
 
     def draw(self, task: str) -> FactSet:
         return getattr(self, task)()
+
+
+class VariedGenerator(Generator):
+    """Facts of more kinds, for training only: what is evaluated are the Generator's.
+
+    Values of three to seven digits (a range for each document), names and attributes of any `words`
+    in many forms, one fact in three said once.
+    """
+
+    NAME_FORMS = (
+        "{a} {b}",
+        "the {a} {b}",
+        "the {a}",
+        "{A}",
+        "{A} {B}",
+        "{a} {n}",
+        "the {a} {b} {c}",
+        "{A} of {B}",
+    )
+    NUMBERS = "one two three four five six seven eight nine ten".split()
+    KINDS = "code number token price key date size count index rate".split()
+    SAID_ONCE, OTHER_ATTRIBUTE, OTHER_NAME, INVENTED = 0.35, 0.4, 0.5, 0.15
+
+    def __init__(self, rng: np.random.Generator, words):
+        super().__init__(rng, self.INVENTED)
+        self.words, self.names = words, set()
+        self.digits = sorted(rng.integers(3, 8, size=2).tolist())
+
+    def value(self) -> str:
+        while True:
+            digits = int(self.rng.integers(self.digits[0], self.digits[1] + 1))
+            value = str(self.rng.integers(10 ** (digits - 1), 10**digits))
+            if value not in self.values:
+                self.values.add(value)
+                return value
+
+    def name(self) -> str:
+        while True:
+            name = self._other_name() if self.rng.random() < self.OTHER_NAME else super().name()
+            if name not in self.names:
+                self.names.add(name)
+                return name
+
+    def _other_name(self) -> str:
+        a, b, c = (str(w) for w in self.rng.choice(self.words, size=3, replace=False))
+        form, number = self.rng.choice(self.NAME_FORMS), self.rng.choice(self.NUMBERS)
+        return form.format(a=a, b=b, c=c, n=number, A=a.capitalize(), B=b.capitalize())
+
+    def attribute(self) -> str:
+        if self.rng.random() >= self.OTHER_ATTRIBUTE:
+            return super().attribute()
+        return f"{self.rng.choice(self.words)} {self.rng.choice(self.KINDS)}"
+
+    def statement(self, attribute, name, value) -> str:
+        text = super().statement(attribute, name, value)
+        return text[: text.index(". ") + 1] if self.rng.random() < self.SAID_ONCE else text
 
 
 def merge(sets) -> FactSet:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A MiniCPM4 model in plain PyTorch: dense or InfLLM-V2 attention with the same weights.
+"""A MiniCPM4 model in plain PyTorch, its attention left to the caller: dense or sparse.
 
     h = scale_emb * E[token]
     every layer:  h += s * o_proj(attention(RMSNorm(h)))
@@ -11,16 +11,22 @@ Parameter names are those of the Hugging Face checkpoint, so export is a copy.
 """
 
 import dataclasses
+import functools
 import json
 import math
+import pathlib
 
-import selection
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import infllm
 
-@dataclasses.dataclass
+SPARSE = infllm.SparseConfig(window_size=512, topk=22, dense_len=2048)
+SETTLED = 32  # turns
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -29,40 +35,63 @@ class Config:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     max_position_embeddings: int = 40960
+    original_max_position_embeddings: int | None = None  # LongRoPE's long factors above it
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     scale_emb: float = 12.0
     scale_depth: float = 1.4
     dim_model_base: int = 64
     initializer_range: float = 0.1
-    sparse: selection.SparseConfig = dataclasses.field(default_factory=selection.SparseConfig)
+    sparse: infllm.SparseConfig = SPARSE
 
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def original_length(self):
+        return self.original_max_position_embeddings or self.max_position_embeddings
+
+    @functools.cached_property
+    def long_factor(self):
+        """By how much each pair of dimensions turns slower above the original length.
+
+        Pairs that turned more than SETTLED times over the original length keep their speed, those
+        that turned less than once are slowed by max / original, between the two by a line in turns.
+        """
+        stretch = self.max_position_embeddings / self.original_length
+        factors = []
+        for i in range(self.head_dim // 2):
+            period = 2 * math.pi * self.rope_theta ** (2 * i / self.head_dim)
+            turns = self.original_length / period
+            kept = min(1.0, max(0.0, (turns - 1) / (SETTLED - 1)))
+            factors.append(round(1 / (kept + (1 - kept) / stretch), 6))
+        return factors
+
     @staticmethod
-    def load(path):
+    def load(folder):
         """Reads a Hugging Face config.json."""
-        with open(path, encoding="utf-8") as file:
-            raw = json.load(file)
+        raw = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
+        raw.update(raw["rope_scaling"])
         names = {f.name for f in dataclasses.fields(Config)}
         values = {k: v for k, v in raw.items() if k in names}
-        return Config(**values, sparse=selection.SparseConfig(**raw["sparse_config"]))
+        return Config(**values, sparse=infllm.SparseConfig.from_dict(raw["sparse_config"]))
 
 
 def rope_table(positions, config):
-    """cos, sin [..., T, d] in float32 for positions [..., T]."""
-    exponent = (
-        torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    )
-    angles = positions[..., None].float() * config.rope_theta**-exponent
-    angles = torch.cat([angles, angles], -1)
+    """cos, sin [N, T, 1, d] in float32 for positions [N, T]; each row has its own factors."""
+    half = config.head_dim // 2
+    exponent = torch.arange(half, device=positions.device).float() / half
+    factors = positions.new_tensor(config.long_factor, dtype=torch.float32)
+    is_long = positions.amax(-1, keepdim=True) >= config.original_length
+    scale = torch.where(is_long[..., None], 1 / factors, torch.ones_like(factors))
+    angles = positions[..., None].float() * (config.rope_theta**-exponent * scale)
+    angles = torch.cat([angles, angles], -1)[:, :, None]
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Neox half rotation of x [N, H, T, d], computed in float32."""
+    """Neox half rotation of x [N, T, H, d], computed in float32."""
     y = x.float()
     a, b = y.chunk(2, -1)
     return (y * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
@@ -79,22 +108,6 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype) * self.weight.to(x.dtype)
 
 
-def masked_attention(q, k, v, mask):
-    """Attention under a bool mask [N, 1 or Hk, T, S]; float32 inside, for evaluation and tests."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if mask.shape[1] > 1:
-        mask = mask.repeat_interleave(group, 1)
-    logits = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
-    return logits.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
-
-
-def token_mask(selected, positions, length, block_size):
-    """bool [N, Hk, T, length] from selected blocks [N, Hk, T, blocks] and the causal limit."""
-    causal = torch.arange(length, device=positions.device) <= positions[:, None]
-    return selected.repeat_interleave(block_size, -1)[..., :length] & causal
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -106,13 +119,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * d, hidden, bias=False)
 
     def forward(self, x, cos, sin, attend):
-        n, rows, _ = x.shape
         q, k, v = (
-            project(x).view(n, rows, -1, self.config.head_dim).transpose(1, 2)
+            project(x).unflatten(-1, (-1, self.config.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.transpose(1, 2).reshape(n, rows, -1))
+        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(2))
 
 
 class MLP(nn.Module):
@@ -149,8 +160,6 @@ class Decoder(nn.Module):
 
 
 class MiniCPM4(nn.Module):
-    """`attend` decides how: called once a layer with rotated q, k and v, it returns the output."""
-
     def __init__(self, config):
         super().__init__()
         self.config, self.model = config, Decoder(config)
@@ -160,69 +169,15 @@ class MiniCPM4(nn.Module):
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
 
-    def hidden(self, tokens, positions, attend):
-        """tokens [N, T]; positions [T] or [N, T]; attend(layer index) -> function of q, k, v."""
+    def forward(self, tokens, positions, attend):
+        """tokens, positions [N, T] -> logits [N, T, vocabulary].
+
+        attend(layer): a function of rotated q [N, T, Hq, d], k, v [N, T, Hkv, d] that returns the
+        output, shaped like q.
+        """
         cos, sin = rope_table(positions, self.config)
-        if positions.dim() == 2:
-            cos, sin = cos[:, None], sin[:, None]
         h = self.model.embed_tokens(tokens) * self.config.scale_emb
         for i, layer in enumerate(self.model.layers):
             h = layer(h, cos, sin, attend(i))
-        return self.model.norm(h)
-
-    def logits(self, h):
-        scaled = h * (self.config.dim_model_base / self.config.hidden_size)
-        return F.linear(scaled, self.model.embed_tokens.weight.to(scaled.dtype))
-
-
-class Cache:
-    """Rotated keys and values of everything read so far, one tensor pair a layer."""
-
-    def __init__(self, layers):
-        self.keys, self.values = [None] * layers, [None] * layers
-
-    def length(self):
-        return 0 if self.keys[0] is None else self.keys[0].shape[2]
-
-    def branch(self, rows):
-        """A cache that `rows` sequences share and extend apart."""
-        other = Cache(len(self.keys))
-        other.keys = [k.expand(rows, -1, -1, -1) for k in self.keys]
-        other.values = [v.expand(rows, -1, -1, -1) for v in self.values]
-        return other
-
-    def extend(self, layer, k, v):
-        if self.keys[layer] is not None:
-            k = torch.cat([self.keys[layer], k], 2)
-            v = torch.cat([self.values[layer], v], 2)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
-
-
-@torch.no_grad()
-def read(model, tokens, cache, sparse, chunk=1024, kept=None):
-    """Runs tokens [N, T] after what the cache holds; returns the hidden state of the last `kept`.
-
-    sparse: choose blocks (the caller has compared the whole length with dense_len).
-    """
-    config = model.config
-    outputs = []
-    for part in tokens.split(chunk, 1):
-        positions = torch.arange(cache.length(), cache.length() + part.shape[1], device=part.device)
-
-        def attend(layer):
-            def run(q, k, v):
-                k, v = cache.extend(layer, k, v)
-                length = k.shape[2]
-                if sparse:
-                    chosen = selection.select(q, k, positions, config.sparse, stable=True)
-                    mask = token_mask(chosen, positions, length, config.sparse.block_size)
-                else:
-                    mask = (torch.arange(length, device=q.device) <= positions[:, None])[None, None]
-                return masked_attention(q, k, v, mask)
-
-            return run
-
-        outputs.append(model.hidden(part, positions, attend))
-    h = torch.cat(outputs, 1)
-    return h[:, -kept:] if kept else h
+        h = self.model.norm(h) * (self.config.dim_model_base / self.config.hidden_size)
+        return F.linear(h, self.model.embed_tokens.weight.to(h.dtype))

@@ -4,17 +4,23 @@
 import dataclasses
 
 import model
-import selection
+
+import infllm
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Samples of one length. batch counts one process; share and sparse are probabilities."""
+    """Samples of one length; batch counts one process. share, sparse, end are probabilities.
+
+    A step attends densely, or (sparse) to selected blocks, or (end) the document to selected blocks
+    and the last rows, where the questions stand, to everything.
+    """
 
     length: int
     batch: int
     share: float = 1.0
     sparse: float = 0.0
+    end: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Stage:
     steps: int
     buckets: tuple
     spread: float = 0.0  # share of samples whose RoPE positions have gaps
+    varied: float = 0.0  # share of samples with facts of more kinds
     align_rows: int = 512  # last rows on which selection is taught; 0: not at all
     align_layers: int = 6  # how many layers, drawn at random, are taught in one step
 
@@ -30,13 +37,12 @@ class Stage:
 class Recipe:
     stages: tuple
     config: model.Config = dataclasses.field(default_factory=model.Config)
-    optimizer: str = "muon"
     adamw_rate: float = 2e-3
     muon_rate: float = 0.02
     warmup: int = 100
-    decay: float = 0.3  # in this last share of the steps the rate falls to a hundredth
-    budgets: tuple = (20, 30)  # block budgets T drawn in sparse steps
-    longest: int = 40960
+    decay: float = 0.3  # in this last share of the run the rate falls to a hundredth
+    budgets: tuple = (20, 30)  # blocks a token sees, drawn in sparse steps
+    longest: int = 40960  # positions end below it
 
     @property
     def steps(self):
@@ -49,11 +55,10 @@ class Recipe:
             step -= stage.steps
         return self.stages[-1]
 
-    def rate(self, step):
+    def rate(self, step, progress):
+        """progress: how much of the run is over, in steps or in time."""
         warm = min(1.0, (step + 1) / self.warmup)
-        if not self.decay:
-            return warm
-        return warm * max(0.01, min(1.0, (self.steps - step) / (self.decay * self.steps)))
+        return warm * max(0.01, min(1.0, (1 - progress) / self.decay)) if self.decay else warm
 
 
 SMOKE = Recipe(
@@ -61,21 +66,23 @@ SMOKE = Recipe(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sparse=selection.SparseConfig(window_size=128, topk=4),
+        max_position_embeddings=2048,
+        original_max_position_embeddings=1024,
+        sparse=infllm.SparseConfig(window_size=128, topk=4, dense_len=512),
     ),
     stages=(
-        Stage(20, (Bucket(512, 2),), align_rows=0),
+        Stage(10, (Bucket(512, 2),), align_rows=0),
         Stage(
-            20,
-            (Bucket(512, 2, sparse=0.5), Bucket(1280, 1, sparse=0.5)),
+            10,
+            (Bucket(512, 2, sparse=0.5), Bucket(1280, 1, sparse=0.3, end=0.4)),
             spread=0.5,
+            varied=0.5,
             align_rows=128,
         ),
     ),
     budgets=(5, 6),
     warmup=5,
+    longest=2048,
 )
 
 SHORT = Recipe(  # one GPU, two minutes; the full rate to the end, for LONG goes on from it
@@ -121,4 +128,30 @@ LONG = Recipe(  # four GPUs, seven and a half minutes, from the weights of SHORT
     decay=0.35,
 )
 
-RECIPES = {"short": SHORT, "long": LONG, "smoke": SMOKE}
+LONGER = Recipe(  # one GPU, a minute and a half, from the weights of LONG
+    stages=(
+        Stage(
+            1500,
+            (
+                Bucket(4096, 12, 0.25, 0.3),
+                Bucket(8192, 6, 0.20, 0.3),
+                Bucket(16384, 3, 0.20, 0.3),
+                Bucket(32768, 2, 0.20, 0.3, 0.4),
+                Bucket(65536, 1, 0.08, 0.4, 0.5),
+                Bucket(131072, 1, 0.07, 0.4, 0.6),
+            ),
+            spread=0.3,
+            varied=0.4,
+            align_rows=1024,
+            align_layers=3,
+        ),
+    ),
+    config=model.Config(max_position_embeddings=131072, original_max_position_embeddings=40960),
+    muon_rate=0.008,
+    adamw_rate=1e-3,
+    warmup=20,
+    decay=0.6,
+    longest=131072,
+)
+
+RECIPES = {"short": SHORT, "long": LONG, "longer": LONGER, "smoke": SMOKE}

@@ -16,14 +16,18 @@ import argparse
 import dataclasses
 import functools
 import pathlib
+import re
 
 import corpus
 import facts
 import numpy as np
 import sentencepiece
 
-REST, ANSWER, PAD = 1, 2, 0  # what a target token is
+PAD, REST, ANSWER, FIRST_ANSWER = range(4)  # what a target token is
 LEAST_FILLER = 160  # tokens of real text in the shortest training document
+LONG = 49152  # documents with more questions, for there are few of them
+INVENTED_NAMES = 0.25
+WORDS_FROM = 300_000  # tokens whose words name things in facts of more kinds
 
 
 class Codec:
@@ -127,31 +131,6 @@ def render_tokens(plan: facts.Plan, hay: Hay, codec: Codec) -> np.ndarray:
 TASK_WEIGHTS = {"single": 0.25, "multi_key": 0.15, "multi_value": 0.3, "last_update": 0.3}
 
 
-def draw_facts(rng, codec: Codec, budget: int, most_questions: int, invented_names=0.25):
-    """Facts of at most `budget` tokens, and at most `most_questions` of their questions."""
-    generator = facts.Generator(rng, invented_names)
-    wanted = most_questions if rng.random() < 0.5 else int(rng.integers(1, most_questions + 1))
-    sets, used, questions = [], 0, 0
-    spare = rng.random() < 0.5  # more facts than questions
-    while generator.room() >= 2:
-        task = rng.choice(list(TASK_WEIGHTS), p=list(TASK_WEIGHTS.values()))
-        drawn = generator.draw(task)
-        cost = sum(codec.count(" " + f.text) for f in drawn.facts)
-        if used + cost > budget:
-            if sets:
-                break
-            continue
-        sets.append(drawn)
-        used += cost
-        questions += len(drawn.questions)
-        if questions >= wanted and not (spare and rng.random() < 0.8):
-            break
-    merged = facts.merge(sets)
-    chosen = rng.permutation(len(merged.questions))[:wanted]
-    merged.questions = [merged.questions[i] for i in chosen]
-    return merged
-
-
 def spread_positions(rng, length, tail, longest):
     """Positions with gaps inside the document, so that distances up to `longest` occur."""
     positions = np.arange(length)
@@ -170,36 +149,77 @@ def dialogue(questions, codec: Codec):
         asked = codec.ask_again(question.text) if i else codec.ask(question.text)
         answer = codec.answer(question.answer)
         ids += asked + answer
-        kinds += [REST] * len(asked) + [ANSWER] * len(answer)
+        kinds += [REST] * len(asked) + [ANSWER if i else FIRST_ANSWER] * len(answer)
     return ids, kinds
 
 
-def conversation(
-    rng, hay: Hay, codec: Codec, length: int, spread=0.0, longest=40960, most_questions=None
-):
-    """One training sample: tokens and their kinds [length + 1], positions [length]."""
-    most_questions = most_questions or int(np.clip(length // 100, 5, 24))
-    share = rng.uniform(0.5, 0.8) if length <= 1024 else rng.uniform(0.2, 0.45)
-    head = codec.head()
-    while True:
-        drawn = draw_facts(rng, codec, int(length * share), most_questions)
-        tail, kinds = dialogue(drawn.questions, codec)
-        budget = length + 1 - len(head) - len(tail)
-        if budget - sum(codec.count(" " + f.text) for f in drawn.facts) >= LEAST_FILLER:
-            break
-        share *= 0.9
-    plan = facts.plan_document(
-        rng, hay.unit_tokens, hay.line_start, drawn.facts, budget, codec.count
-    )
-    document = render_tokens(plan, hay, codec)
-    padding = budget - len(document)
-    tokens = np.concatenate([head, document, tail, np.full(padding, codec.eos)]).astype(np.int64)
-    kind = np.concatenate([np.full(len(head) + len(document), REST), kinds, np.full(padding, PAD)])
-    if rng.random() < spread:
-        positions = spread_positions(rng, length, len(tail) + padding, longest)
-    else:
+class Maker:
+    """Makes training samples of one text; `longest` bounds the positions of those with gaps."""
+
+    def __init__(self, hay: Hay, codec: Codec, longest=40960):
+        self.hay, self.codec, self.longest = hay, codec, longest
+        some = codec.processor.decode(hay.tokens[:WORDS_FROM].tolist())
+        self.words = sorted(set(re.findall(r"\b[a-z]{3,10}\b", some)))
+
+    def draw_facts(self, generator, budget: int, most_questions: int):
+        """Facts of at most `budget` tokens, and at most `most_questions` of their questions."""
+        rng = generator.rng
+        wanted = most_questions if rng.random() < 0.5 else int(rng.integers(1, most_questions + 1))
+        sets, used, questions = [], 0, 0
+        spare = rng.random() < 0.5  # more facts than questions
+        while generator.room() >= 2:
+            task = rng.choice(list(TASK_WEIGHTS), p=list(TASK_WEIGHTS.values()))
+            drawn = generator.draw(task)
+            cost = sum(self.codec.count(" " + f.text) for f in drawn.facts)
+            if used + cost > budget:
+                if sets:
+                    break
+                continue
+            sets.append(drawn)
+            used += cost
+            questions += len(drawn.questions)
+            if questions >= wanted and not (spare and rng.random() < 0.8):
+                break
+        merged = facts.merge(sets)
+        chosen = rng.permutation(len(merged.questions))[:wanted]
+        merged.questions = [merged.questions[i] for i in chosen]
+        return merged
+
+    def conversation(self, rng, length: int, spread=0.0, varied=0.0):
+        """One sample: tokens and their kinds [length + 1], positions [length].
+
+        spread, varied: how likely its positions have gaps, and its facts are of more kinds.
+        """
+        codec, hay = self.codec, self.hay
+        most_questions = int(np.clip(length // 100, 5, 24 if length < LONG else 40))
+        share = rng.uniform(0.5, 0.8) if length <= 1024 else rng.uniform(0.2, 0.45)
+        is_varied = rng.random() < varied
+        head = codec.head()
+        while True:
+            generator = (
+                facts.VariedGenerator(rng, self.words)
+                if is_varied
+                else facts.Generator(rng, INVENTED_NAMES)
+            )
+            drawn = self.draw_facts(generator, int(length * share), most_questions)
+            tail, kinds = dialogue(drawn.questions, codec)
+            budget = length + 1 - len(head) - len(tail)
+            if budget - sum(codec.count(" " + f.text) for f in drawn.facts) >= LEAST_FILLER:
+                break
+            share *= 0.9
+        plan = facts.plan_document(
+            rng, hay.unit_tokens, hay.line_start, drawn.facts, budget, codec.count
+        )
+        document = render_tokens(plan, hay, codec)
+        padding = budget - len(document)
+        tokens = np.concatenate([head, document, tail, np.full(padding, codec.eos)])
+        kind = np.concatenate(
+            [np.full(len(head) + len(document), REST), kinds, np.full(padding, PAD)]
+        )
         positions = np.arange(length)
-    return tokens, kind.astype(np.int64), positions
+        if rng.random() < spread:
+            positions = spread_positions(rng, length, len(tail) + padding, self.longest)
+        return tokens.astype(np.int64), kind.astype(np.int64), positions
 
 
 def main():

@@ -110,7 +110,7 @@ def test_tokens_of_parts_are_tokens_of_the_text(codec, hay):
 
     haystack, units = hay
     rng = np.random.default_rng(8)
-    drawn = samples.draw_facts(rng, codec, 600, 6)
+    drawn = samples.Maker(haystack, codec).draw_facts(facts.Generator(rng), 600, 6)
     plan = facts.plan_document(
         rng, haystack.unit_tokens, haystack.line_start, drawn.facts, 3000, codec.count
     )
@@ -118,20 +118,40 @@ def test_tokens_of_parts_are_tokens_of_the_text(codec, hay):
     assert joined == codec.segment("user\n" + facts.render_text(plan, units))
 
 
-def test_training_sample_marks_the_answers(codec, hay):
+@pytest.mark.parametrize("varied", [0.0, 1.0])
+def test_training_sample_marks_the_answers(codec, hay, varied):
     import samples
 
-    haystack, _ = hay
+    maker = samples.Maker(hay[0], codec, longest=4096)
+    lengths = set()
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        tokens, kind, positions = samples.conversation(rng, haystack, codec, 1024, 0.5, 4096)
+        tokens, kind, positions = maker.conversation(rng, 1024, 0.5, varied)
         assert len(tokens) == len(kind) == 1025 and len(positions) == 1024
         assert (np.diff(positions) >= 1).all() and positions[-1] < 4096
-        answers = tokens[kind == samples.ANSWER]
-        assert (answers == codec.im_end).any()
-        assert set(codec.processor.decode(answers[answers < codec.im_end].tolist())) <= set(
-            "0123456789, "
-        )
+        answers = tokens[kind >= samples.ANSWER]
+        assert (kind == samples.FIRST_ANSWER).sum() and (answers == codec.im_end).any()
+        text = codec.processor.decode(answers[answers < codec.im_end].tolist())
+        assert set(text) <= set("0123456789, ")
+        ends = np.flatnonzero(tokens[kind == samples.FIRST_ANSWER] == codec.im_end)
+        assert ends.tolist() == [(kind == samples.FIRST_ANSWER).sum() - 1]  # one answer is first
+        first = tokens[kind == samples.FIRST_ANSWER][:-1].tolist()
+        lengths |= {len(value) for value in codec.processor.decode(first).split(", ")}
+    assert (lengths == {5}) == (varied == 0)
+
+
+def test_varied_facts_state_their_answers():
+    words = [f"word{chr(97 + i)}{chr(97 + j)}" for i in range(9) for j in range(9)]
+    digits, once = set(), 0
+    for seed in range(40):
+        generator = facts.VariedGenerator(np.random.default_rng(seed), words)
+        for fact_set in (generator.single(), *(generator.draw(t) for t in facts.TASKS)):
+            for question in fact_set.questions:
+                said = " ".join(f.text for f in fact_set.facts if f.key == question.key)
+                assert all(value in said for value in question.answer.split(", "))
+                digits |= {len(value) for value in question.answer.split(", ")}
+                once += said.count(question.answer) == 1
+    assert digits == {3, 4, 5, 6, 7} and once > 0
 
 
 def test_too_small_a_budget_is_refused(codec, hay):

@@ -5,11 +5,13 @@
     python3 examples/needle/train.py --recipe smoke --out .train/smoke         # CPU, a minute
 
 A step is wholly determined by (seed, rank, step): its length, attention, budget and samples. A run
-stopped by --time-limit goes on from --out/state.pt. The loss is
+ends after its recipe's steps or at --time-limit, and the rate falls with whichever is nearer;
+a run that was cut goes on from --out/state.pt. The loss is
 
     cross-entropy of the answers + 0.3 x cross-entropy of everything else + alignment loss
 
-with selection.alignment_loss on the last rows (questions and answers) of every layer.
+where a document's first answer weighs FIRST_WEIGHT times a later one: it is what a user asks for.
+infllm.selection_alignment_loss teaches the last rows (questions and answers) of some layers.
 --out/log.jsonl has one line every --log-every steps.
 """
 
@@ -26,28 +28,40 @@ import optimizer as optimizer_lib
 import recipes
 import safetensors.torch
 import samples
-import selection
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-REST_WEIGHT = 0.3
-FLEX_BLOCK = 128
-LAST_ROWS, SHARED = 1024, 8  # see Attend.choose_blocks
+import infllm
+
+REST_WEIGHT, FIRST_WEIGHT = 0.3, 8.0
+AGREE_EVERY = 10  # steps between two looks at the clock that all processes share
 
 
-def choose(recipe, seed, step):
-    """What all ranks do in a step: stage, bucket, sparse or dense, block budget, taught layers."""
-    rng = np.random.default_rng([seed, step])
-    stage = recipe.stage(step)
-    shares = np.array([b.share for b in stage.buckets])
-    bucket = stage.buckets[rng.choice(len(shares), p=shares / shares.sum())]
-    sparse = bool(rng.random() < bucket.sparse)
-    low, high = recipe.budgets
-    budget = int(rng.integers(low, high + 1))
-    layers = rng.permutation(recipe.config.num_hidden_layers)[: stage.align_layers].tolist()
-    return stage, bucket, sparse, budget, layers
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What all processes do in a step. mode is "dense", "sparse" or "end" (see recipes.Bucket)."""
+
+    stage: recipes.Stage
+    bucket: recipes.Bucket
+    mode: str
+    sparse: infllm.SparseConfig
+    taught: tuple  # layers whose selection is taught
+
+    @staticmethod
+    def draw(recipe, seed, step):
+        rng = np.random.default_rng([seed, step])
+        stage, config = recipe.stage(step), recipe.config
+        shares = np.array([b.share for b in stage.buckets])
+        bucket = stage.buckets[rng.choice(len(shares), p=shares / shares.sum())]
+        chance = rng.random()
+        mode = "sparse" if chance < bucket.sparse else "dense"
+        mode = "end" if bucket.sparse <= chance < bucket.sparse + bucket.end else mode
+        local = config.sparse.budget_blocks - config.sparse.topk
+        topk = int(rng.integers(recipe.budgets[0], recipe.budgets[1] + 1)) - local
+        taught = rng.permutation(config.num_hidden_layers)[: stage.align_layers].tolist()
+        taught = tuple(taught) if stage.align_rows else ()
+        return Lesson(stage, bucket, mode, dataclasses.replace(config.sparse, topk=topk), taught)
 
 
 class Steps(torch.utils.data.IterableDataset):
@@ -60,110 +74,85 @@ class Steps(torch.utils.data.IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        codec = samples.Codec(self.tokenizer)
+        maker = samples.Maker(self.hay, samples.Codec(self.tokenizer), self.recipe.longest)
         for step in range(self.first + worker, self.recipe.steps, workers):
-            stage, bucket, *_ = choose(self.recipe, self.seed, step)
+            lesson = Lesson.draw(self.recipe, self.seed, step)
             rng = np.random.default_rng([self.seed, self.rank + 1, step])
             made = [
-                samples.conversation(
-                    rng, self.hay, codec, bucket.length, stage.spread, self.recipe.longest
+                maker.conversation(
+                    rng, lesson.bucket.length, lesson.stage.spread, lesson.stage.varied
                 )
-                for _ in range(bucket.batch)
+                for _ in range(lesson.bucket.batch)
             ]
-            tokens, kinds, positions = (torch.from_numpy(np.stack(x)) for x in zip(*made))
-            yield step, tokens, kinds, positions
+            yield step, *(torch.from_numpy(np.stack(x)) for x in zip(*made))
 
 
 class Attend:
-    """Attention of one training step; gathers the alignment loss of the layers taught in it."""
+    """Attention of one training step; gathers the alignment losses of the layers taught in it."""
 
-    def __init__(self, config, length, device, sparse, budget, align_rows, align_layers, flex):
-        self.config, self.sparse, self.budget, self.flex = config, sparse, budget, flex
-        self.positions = torch.arange(length, device=device)
-        self.align_rows, self.align_layers, self.losses = align_rows, align_layers, []
+    def __init__(self, config, lesson, count, length, device):
+        self.config, self.lesson, self.losses = config, lesson, []
+        # In mode "end" the questions are among these last rows, which attend to everything.
+        self.end = 2 * lesson.stage.align_rows if lesson.mode == "end" else 0
+        self.whole = self.plan(count, length, length, device, lesson.mode != "dense")
+        if self.end:
+            document = length - self.end
+            self.document = self.plan(count, document, document, device, True)
+            self.last = self.plan(count, self.end, length, device, False)
+        rows = torch.arange(max(0, length - lesson.stage.align_rows), length, device=device)
+        starts = torch.arange(0, count * length, length, device=device)
+        self.rows = (starts[:, None] + rows).flatten().int()
+
+    def plan(self, count, queries, keys, device, sparse):
+        q, k = (
+            torch.arange(count + 1, dtype=torch.int32, device=device) * n for n in (queries, keys)
+        )
+        return infllm.make_plan(
+            q, k, queries, keys, sparse_config=self.lesson.sparse, sparse=sparse
+        )
 
     def __call__(self, layer):
-        taught = self.align_rows and layer in self.align_layers
-        return lambda q, k, v: self.run(q, k, v, taught)
+        return lambda q, k, v: self.run(q, k, v, layer in self.lesson.taught)
 
     def run(self, q, k, v, taught):
         if taught:
-            rows = slice(-self.align_rows, None)
-            with torch.autocast(q.device.type, enabled=False):
-                self.losses.append(
-                    selection.alignment_loss(
-                        q[:, :, rows], k, self.positions[rows], self.config.sparse
-                    )
-                )
-        if not self.sparse:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        with torch.autocast(q.device.type, enabled=False):
-            chosen = self.choose_blocks(q, k)
-        if self.flex is None:
-            mask = model_lib.token_mask(
-                chosen, self.positions, k.shape[2], self.config.sparse.block_size
+            loss = infllm.selection_alignment_loss(
+                q, k, plan=self.whole, rows=self.rows, sparse_config=self.config.sparse
             )
-            return model_lib.masked_attention(q, k, v, mask)
-        return self.flex(
-            q, k, v, block_mask=flex_mask(chosen, q.shape[1], self.config.sparse), enable_gqa=True
+            self.losses.append(loss.mean())
+        config = self.lesson.sparse
+        if not self.end:
+            return infllm.attention(q, k, v, plan=self.whole, sparse_config=config)
+        document, end = slice(None, -self.end), slice(-self.end, None)
+        first = infllm.attention(
+            q[:, document], k[:, document], v[:, document], plan=self.document, sparse_config=config
         )
-
-    def choose_blocks(self, q, k):
-        """The last rows (questions, answers) choose one by one; before them SHARED rows choose as
-        the first of them does, which makes selection SHARED times cheaper. Training only."""
-        cut = max(0, q.shape[2] - LAST_ROWS)
-        first, last = (
-            selection.select(
-                q[:, :, rows], k, self.positions[rows], self.config.sparse, self.budget
-            )
-            for rows in (slice(0, cut, SHARED), slice(cut, None))
-        )
-        return torch.cat([first.repeat_interleave(SHARED, 2), last], 2)
+        last = infllm.attention(q[:, end], k, v, plan=self.last, sparse_config=config)
+        return torch.cat([first, last], 1)
 
 
-def flex_mask(chosen, heads, config):
-    """FlexAttention's mask: a 128 x 128 tile is visited if any of its tokens chose its blocks."""
-    n, hk, rows, blocks = chosen.shape
-    group, per_tile = heads // hk, FLEX_BLOCK // config.block_size
-    tiles = chosen.view(n, hk, rows // FLEX_BLOCK, FLEX_BLOCK, blocks // per_tile, per_tile)
-    tiles = tiles.any(-1).any(3)
-    if hk > 1:
-        tiles = tiles.repeat_interleave(group, 1)
-    order = tiles.int().argsort(dim=-1, descending=True, stable=True).int()
-    block_size = config.block_size
-
-    def visible(b, h, q, k):
-        return chosen[b, h // group, q, k // block_size] & (q >= k)
-
-    return BlockMask.from_kv_blocks(
-        tiles.sum(-1).int(),
-        order,
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=visible,
-        seq_lengths=(rows, rows),
-    )
+def mean_of(loss, weight):
+    return (loss * weight).sum() / weight.sum().clamp(min=1)
 
 
 def losses(net, tokens, kinds, positions, attend):
     """The loss of one batch, and its parts for the log."""
-    h = net.hidden(tokens[:, :-1], positions, attend)
-    logits = net.logits(h).float()
+    logits = net(tokens[:, :-1], positions, attend).float()
     target, kind = tokens[:, 1:], kinds[:, 1:]
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    answer, rest = (kind == samples.ANSWER).flatten(), (kind == samples.REST).flatten()
-    answer_loss = (loss * answer).sum() / answer.sum().clamp(min=1)
-    rest_loss = (loss * rest).sum() / rest.sum().clamp(min=1)
-    align = torch.stack(attend.losses).mean() if attend.losses else loss.new_zeros(())
+    loss = loss.view_as(target)
+    first = kind == samples.FIRST_ANSWER
+    answer = (kind == samples.ANSWER) + FIRST_WEIGHT * first
+    parts = {"answer_loss": mean_of(loss, answer), "rest_loss": mean_of(loss, kind == samples.REST)}
+    total = parts["answer_loss"] + REST_WEIGHT * parts["rest_loss"]
+    if attend.losses:
+        parts["align_loss"] = torch.stack(attend.losses).mean()
+        total = total + parts["align_loss"]
     with torch.no_grad():
-        right = (logits.argmax(-1) == target) & (kind == samples.ANSWER)
-        tokens_right = right.sum() / answer.sum().clamp(min=1)
-    total = answer_loss + REST_WEIGHT * rest_loss + align
-    return total, {
-        "answer_loss": answer_loss.detach(),
-        "rest_loss": rest_loss.detach(),
-        "align_loss": align.detach(),
-        "answer_tokens_right": tokens_right,
-    }
+        right = logits.argmax(-1) == target
+        parts["answer_tokens_right"] = mean_of(right, answer > 0)
+        parts["first_answers_right"] = (right | ~first).all(1).float().mean()
+    return total, {name: value.detach() for name, value in parts.items()}
 
 
 def average_gradients(parameters, world):
@@ -175,16 +164,10 @@ def average_gradients(parameters, world):
         p.grad.copy_(g.view_as(p))
 
 
-def save_state(path, net, optimizers, step):
+def save_state(path, net, optimizers, **progress):
     temporary = path.with_suffix(".tmp")
-    torch.save(
-        {
-            "model": net.state_dict(),
-            "step": step,
-            "optimizers": [o.state_dict() for o in optimizers],
-        },
-        temporary,
-    )
+    state = {"model": net.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    torch.save({**state, **progress}, temporary)
     os.replace(temporary, path)
 
 
@@ -195,8 +178,6 @@ def main():
     parser.add_argument("--tokenizer", default="models/needle-32k/tokenizer.model")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(".train/run"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kv-heads", type=int, default=None)
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default=None)
     parser.add_argument("--init", help="safetensors file to start from, with new optimizer state")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--workers", type=int, default=14)
@@ -212,32 +193,24 @@ def main():
     )
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     recipe = recipes.RECIPES[args.recipe]
-    config = recipe.config
-    if args.kv_heads:
-        config = dataclasses.replace(config, num_key_value_heads=args.kv_heads)
     torch.manual_seed(args.seed)
-    net = model_lib.MiniCPM4(config).to(device)
+    net = model_lib.MiniCPM4(recipe.config).to(device)
     if args.init:
         given = safetensors.torch.load_file(args.init)
         net.load_state_dict({name: value.float() for name, value in given.items()})
-    optimizers = optimizer_lib.build(net, args.optimizer or recipe.optimizer, recipe)
-    flex = None
-    if cuda:
-        torch._dynamo.config.recompile_limit = 64
-        flex = torch.compile(flex_attention, dynamic=False)
+    optimizers = optimizer_lib.build(net, "muon", recipe)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    state_file, first = args.out / "state.pt", 0
+    state_file, first, before = args.out / "state.pt", 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         net.load_state_dict(state["model"])
         for o, s in zip(optimizers, state["optimizers"]):
             o.load_state_dict(s)
-        first = state["step"]
+        first, before = state["step"], state["seconds"]
     parameters = list(net.parameters())
     if rank == 0:
         print(
@@ -254,22 +227,23 @@ def main():
         pin_memory=cuda,
     )
 
+    def seconds():
+        return before + time.monotonic() - began
+
     log = open(args.out / "log.jsonl", "a", encoding="utf-8") if rank == 0 else None
-    last_save, waited, step = time.monotonic(), 0.0, first - 1
-    fetch_began = time.monotonic()
-    for step, tokens, kinds, positions in loader:
-        waited += time.monotonic() - fetch_began
-        tokens, kinds, positions = (
-            x.to(device, non_blocking=True) for x in (tokens, kinds, positions)
-        )
-        length = tokens.shape[1] - 1
-        rate = recipe.rate(step)
+    last_save, waited, step, spent = seconds(), 0.0, first - 1, seconds() / args.time_limit
+    fetch_began = seconds()
+    for step, *batch in loader:
+        waited += seconds() - fetch_began
+        tokens, kinds, positions = (x.to(device, non_blocking=True) for x in batch)
+        count, length = positions.shape
+        rate = recipe.rate(step, max((step + 1) / recipe.steps, spent))
         for o in optimizers:
             for group in o.param_groups:
                 group["lr"] = group["base_lr"] * rate
-        stage, _, sparse, budget, layers = choose(recipe, args.seed, step)
-        attend = Attend(config, length, device, sparse, budget, stage.align_rows, layers, flex)
+        lesson = Lesson.draw(recipe, args.seed, step)
         with torch.autocast(device.type, dtype=torch.bfloat16):
+            attend = Attend(recipe.config, lesson, count, length, device)
             loss, parts = losses(net, tokens, kinds, positions, attend)
         loss.backward()
         average_gradients(parameters, world)
@@ -279,39 +253,40 @@ def main():
             o.zero_grad(set_to_none=False)
 
         if rank == 0 and (step % args.log_every == 0 or step + 1 == recipe.steps):
-            if cuda:
-                torch.cuda.synchronize()
-            now = time.monotonic()
             record = {
+                "recipe": args.recipe,
                 "step": step,
                 "length": length,
-                "batch": tokens.shape[0],
-                "sparse": sparse,
+                "batch": count,
+                "attention": lesson.mode,
                 **{name: round(float(value), 4) for name, value in parts.items()},
                 "gradient": round(float(norm), 3),
                 "rate": round(rate, 4),
                 "waited": round(waited, 2),
-                "seconds": round(now - began, 1),
+                "seconds": round(seconds(), 1),
             }
             print(json.dumps(record), flush=True)
             print(json.dumps(record), file=log, flush=True)
             waited = 0.0
-        if step % 20 == 19:
-            stop = torch.tensor(float(time.monotonic() - began > args.time_limit), device=device)
+        if step % AGREE_EVERY == AGREE_EVERY - 1:
+            shared = torch.tensor(seconds() / args.time_limit, device=device)
             if world > 1:
-                dist.all_reduce(stop, op=dist.ReduceOp.MAX)
-            if rank == 0 and (stop or time.monotonic() - last_save > args.save_every):
-                save_state(state_file, net, optimizers, step + 1)
-                last_save = time.monotonic()
-            if stop:
+                dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            spent = float(shared)
+            if rank == 0 and seconds() - last_save > args.save_every:
+                save_state(state_file, net, optimizers, step=step + 1, seconds=seconds())
+                last_save = seconds()
+            if spent >= 1:
                 break
-        fetch_began = time.monotonic()
+        fetch_began = seconds()
     if rank == 0:
-        save_state(state_file, net, optimizers, step + 1)
-        print(f"stopped after step {step + 1} of {recipe.steps}", flush=True)
+        save_state(state_file, net, optimizers, step=step + 1, seconds=seconds())
+        print(f"stopped after step {step + 1} of {recipe.steps}, {seconds():.0f} s", flush=True)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+    if cuda:
+        os._exit(0)  # loader workers may be making samples of steps that never come
 
 
 if __name__ == "__main__":
