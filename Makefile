@@ -33,6 +33,7 @@ demo: build  ## ask for a fact in a 32K document, dense and sparse
 PYTHON_FLAGS_ON = -DINFLLM_PYTHON=ON -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python
 PYTHON_FLAGS = $(or $(PYTHON_FLAGS_$(PYTHON)),-DINFLLM_PYTHON=OFF)
 PYTHON_GROUP = $(if $(filter ON,$(PYTHON)),python)
+PYTHON_TARGET = $(if $(filter ON,$(PYTHON)),infllm_python)
 
 test:  ## everything that needs no GPU: unit tests, fuzz seeds, scripts, the package (PYTHON=OFF: not)
 	tools/install_deps.sh build test $(PYTHON_GROUP)
@@ -51,10 +52,10 @@ cuda:  ## the program with the CUDA columns: build/cuda/infllm; installs nvcc if
 	test -f build/cuda/CMakeCache.txt || cmake --preset cuda -DINFLLM_DEVELOPER=OFF $(CMAKE_FLAGS)
 	cmake --build --preset cuda --parallel $(JOBS) --target infllm
 
-gpu-test:  ## every step and the model on this machine's NVIDIA GPU, against the float64 reference
-	tools/install_deps.sh build test
-	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
-	cmake --build --preset cuda --parallel $(JOBS) --target gpu_tests
+gpu-test:  ## every step, the model and the package on this machine's NVIDIA GPU (PYTHON=OFF: no package)
+	tools/install_deps.sh build test $(PYTHON_GROUP)
+	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(PYTHON_FLAGS) $(CMAKE_FLAGS)
+	cmake --build --preset cuda --parallel $(JOBS) --target gpu_tests $(PYTHON_TARGET)
 	tools/gpu_test.sh build/cuda/tests
 
 bench:  ## run the benchmarks, add their lines to bench/results, render the tables
