@@ -41,7 +41,7 @@ class Cases(torch.utils.data.Dataset):
         self.args, self.batches = args, []
         for length in lengths:
             size = max(1, settings.tokens_per_step // length)
-            count = settings.evaluate["cases"].get(str(length), 0)
+            count = min(args.most, settings.evaluate["cases"].get(str(length), 0))
             cases = [(i, task) for i in range(count) for task in tasks]
             self.batches += [(length, cases[i : i + size]) for i in range(0, len(cases), size)]
         self.maker = None
@@ -111,6 +111,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the training run, for the records")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="append records here")
     parser.add_argument("--lengths", type=int, nargs="+", help="only these")
+    parser.add_argument("--most", type=int, default=sys.maxsize, help="cases a task and length")
     parser.add_argument("--topk", type=int, help="instead of the checkpoint's; read sparse only")
     parser.add_argument("--deadline", type=float, default=math.inf, help="Unix time")
     parser.add_argument("--workers", type=int, default=12)

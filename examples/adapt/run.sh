@@ -16,7 +16,8 @@ OUT=$1 TOTAL=$2
 HERE=$(dirname "$0") CONFIG=${3:-$(dirname "$0")/configs/h200.toml}
 START=$(date +%s)
 GPUS=$(nvidia-smi -L | wc -l)
-WORKERS=$(( $(nproc) / GPUS > 2 ? $(nproc) / GPUS - 1 : 1 ))
+CORES=$(env -u OMP_NUM_THREADS nproc)  # which heeds that variable
+WORKERS=$(( CORES / GPUS > 2 ? CORES / GPUS - 1 : 1 ))
 ARMS=(dense sparse aligned)
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}
 mkdir -p "$OUT"
@@ -26,12 +27,12 @@ say() { echo "== $(( $(date +%s) - START )) s: $*"; }
 
 # Thousandths at which pretraining ends, the last arm ends, and evaluations stop.
 WAVES=$(( (${#ARMS[@]} + GPUS - 1) / GPUS ))
-SHORT=350 LAST=800 STOP=960
+SHORT=365 LAST=870 STOP=960
 [ "${ADAPT_UNTIL:-}" = short ] && SHORT=960
 
 made=
 if [ ! -e .train/adapt/data/words.txt ]; then
-  python3 "$HERE/documents.py" --processes $(( $(nproc) > 4 ? $(nproc) - 4 : 1 )) &
+  python3 "$HERE/documents.py" --processes $(( CORES > 4 ? CORES - 4 : 1 )) &
   made=$!
 fi
 if [ ! -e "$OUT/step.log" ]; then  # compiles what all runs need
@@ -41,7 +42,7 @@ fi
 [ -z "$made" ] || wait "$made" || exit 1
 for processes in "$GPUS" 1; do  # one, should several not work together
   [ -e "$OUT/short/run.jsonl" ] && break
-  say "pretraining on $processes GPUs"
+  say "pretraining on $processes GPUs, $WORKERS makers of samples each"
   torchrun --nproc-per-node "$processes" "$HERE/train.py" --config "$CONFIG" --phase pretrain --out "$OUT/short" \
     --workers $WORKERS --stretch "${ADAPT_STRETCH:-1}" --deadline "$(at $SHORT)" >> "$OUT/short.log" 2>&1
   tail -n 1 "$OUT/short.log"
@@ -80,7 +81,8 @@ for i in "${!ARMS[@]}"; do
   wave=$(( i / GPUS + 1 ))
   on_free_gpu continued "${ARMS[i]}" $(( START + now + (TOTAL * LAST / 1000 - now) * wave / WAVES ))
 done
-for run in short "${ARMS[@]}"; do on_free_gpu evaluated "$run" "$run"; done
+on_free_gpu evaluated short short --most 10
+for run in "${ARMS[@]}"; do on_free_gpu evaluated "$run" "$run"; done
 for topk in 32 8; do  # 64 and 40 of the 96 blocks that it was continued with
   (( $(left $STOP) > 40 )) && on_free_gpu evaluated aligned "few-$topk" --lengths 32768 --topk $topk
 done

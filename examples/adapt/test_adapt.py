@@ -124,6 +124,14 @@ def test_schedule():
     assert phase.share(1000, 0.5) == 1.0 and phase.share(1000, 1.0) == pytest.approx(0.3)
 
 
+def test_slow_pretraining_keeps_all_its_stages():
+    assert train.fitting(1000, 100, 0.1, 900 * 0.1 * train.LATER) == 1.0
+    assert train.fitting(1000, 100, 0.1, 450 * 0.1 * train.LATER) == pytest.approx(0.55)
+    phase = settings.load(HERE / "configs/h200.toml").phases["pretrain"]
+    short = phase.stretched(0.3)
+    assert {short.length(step, 1) for step in range(short.steps)} == {512, 1024, 2048, 4096}
+
+
 def test_from_pretraining_to_scores(root, monkeypatch):
     common = ("--config", CONFIG, *paths(root), "--workers", 0)
     call(train.main, monkeypatch, *common, "--phase", "pretrain", "--out", root / "short")

@@ -7,8 +7,9 @@
     python3 examples/adapt/train.py --config C --phase adapt --arm aligned --init A/model --out D
 
 A step's samples follow from (seed, rank, step). The run ends after its steps or at its time limit,
-whichever comes first; the learning rate falls with whichever of the two is nearer. Interrupted, it
-goes on from OUT/state.pt. OUT/log.jsonl has the losses, OUT/model the checkpoint.
+whichever comes first; the learning rate falls with whichever of the two is nearer. Pretraining that
+is too slow for its limit shortens all its stages alike. Interrupted, a run goes on from OUT/state.pt.
+OUT/log.jsonl has the losses, OUT/model the checkpoint.
 
     loss = cross-entropy of the answers + text_weight x cross-entropy of everything else
            + selection-alignment loss (arm aligned)
@@ -18,6 +19,7 @@ where every document's answers weigh the same, be they three words or forty answ
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -34,24 +36,34 @@ import settings as settings_lib
 import torch
 import torch.distributed as dist
 from needle import optimizer as optimizer_lib
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 ARMS = ("dense", "sparse", "aligned")
 AGREE_EVERY = 10  # steps between two looks at the clock that all processes share
+JUDGED = 60  # steps after which it is judged whether all of them fit into the time
+LATER = 1.2  # the steps ahead, of longer samples, take so many times as long as those
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Batches in step order; worker w makes steps w, w + workers, ..."""
+    """Batches in step order; worker w makes steps w, w + workers, ...
+
+    stretch: a shared number; so many times the phase's steps are made.
+    """
 
     def __init__(self, settings, phase, args, rank, first):
         self.settings, self.phase, self.args = settings, phase, args
         self.rank, self.first = rank, first
+        self.stretch = torch.ones(1, dtype=torch.float64).share_memory_()
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         maker = documents.Maker(self.args.tokenizer, documents.Filler(self.args.data, "train"))
-        for step in range(self.first + worker, self.phase.steps, workers):
-            length = self.phase.length(step, self.args.seed)
+        for step in itertools.count(self.first + worker, workers):
+            phase = self.phase.stretched(float(self.stretch))
+            if step >= phase.steps:
+                return
+            length = phase.length(step, self.args.seed)
             rng = np.random.default_rng([self.args.seed, self.rank + 1, step])
             count = max(1, self.settings.tokens_per_step // length)
             made = [maker.training(rng, length) for _ in range(count)]
@@ -105,6 +117,15 @@ def step_losses(net, tokens, kinds, attend, rope, weights):
         tally = torch.stack([(hits & answer).flatten(), answer.flatten()]).float()
         tally = tally.new_zeros(2, len(ruler.TASKS)).index_add_(1, task, tally)
     return total, {name: value.detach() for name, value in parts.items()}, tally
+
+
+def fitting(steps: int, done: int, seconds: float, left: float) -> float:
+    """By what to multiply `steps` so that those ahead fit into the seconds left; at most 1.
+
+    seconds: of each of the first steps, `done` in number
+    """
+    ahead = LATER * (steps - done) * seconds
+    return 1.0 if ahead <= left else (done + max(0.0, left) / ahead * (steps - done)) / steps
 
 
 class Optimizers:
@@ -169,9 +190,12 @@ def main():
         wrapped = torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True
         )
+        if cuda:  # half the bytes between GPUs that may have nothing but the host's memory between them
+            wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
     parameters = list(net.parameters())
+    batches = Batches(settings, phase, args, rank, first)
     loader = torch.utils.data.DataLoader(
-        Batches(settings, phase, args, rank, first), batch_size=None, num_workers=args.workers,
+        batches, batch_size=None, num_workers=args.workers,
         prefetch_factor=4 if args.workers else None, pin_memory=cuda,
     )  # fmt: skip
     sparse = net.config.sparse if args.arm != "dense" and args.phase == "adapt" else None
@@ -179,7 +203,8 @@ def main():
     ropes = {}
     log = open(args.out / "log.jsonl", "a", encoding="utf-8") if rank == 0 else None
     limit = min(phase.seconds, args.deadline - began if args.deadline else float("inf"))
-    started, last_save, waited, step = time.time(), time.time(), 0.0, first - 1
+    started, last_save, step, judged = time.time(), time.time(), first - 1, False
+    waited, starved = 0.0, 0.0  # for batches: this process, and the one that waited longest
     tally = torch.zeros(2, len(ruler.TASKS), device=device)  # since the last line of the log
     spent, asked = 0.0, time.time()  # spent: share of the time limit, agreed by all processes
     for step, tokens, kinds in loader:
@@ -215,7 +240,7 @@ def main():
                 "right": {task: round(good / all_, 3)
                           for task, good, all_ in zip(ruler.TASKS, right, asked_for) if all_},
                 "gradient": round(float(norm), 3), "rate": round(share, 4),
-                "waited": round(waited, 2), "seconds": round(before + time.time() - began, 1),
+                "waited": round(starved, 2), "seconds": round(before + time.time() - began, 1),
             }  # fmt: skip
             print(json.dumps(record), file=log, flush=True)
             print(
@@ -225,14 +250,24 @@ def main():
                 f"{record['seconds']:.0f} s",
                 end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True,
             )  # fmt: skip
-            waited = 0.0
+            starved = 0.0
         if step % AGREE_EVERY == AGREE_EVERY - 1:
-            now = (time.time() - started) / max(1e-9, limit - (started - began))
+            run_time = time.time() - started
+            shared = torch.tensor([run_time / max(1e-9, limit - (started - began)), waited, run_time])
             if world > 1:
-                shared = torch.tensor(now, device=device)
+                shared = shared.to(device)
                 dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-                now = float(shared)
-            spent = now if np.isfinite(limit) else 0.0
+            spent, longest_wait, run_time = shared.tolist()
+            starved, waited = starved + longest_wait, 0.0
+            if args.phase == "pretrain" and step - first >= JUDGED and not judged:
+                judged = True
+                left = run_time / spent - run_time
+                batches.stretch.fill_(
+                    fitting(phase.steps, step + 1, run_time / (step - first), left)
+                )
+                phase = phase.stretched(float(batches.stretch))
+                if rank == 0:
+                    print(f"{phase.steps} steps will be made", file=sys.stderr, flush=True)
             if rank == 0 and time.time() - last_save > args.save_every:
                 progress = {"step": step + 1, "tokens": tokens_seen}
                 progress["seconds"] = before + time.time() - began
@@ -240,6 +275,8 @@ def main():
                 last_save = time.time()
             if spent >= 1:
                 break
+        if step + 1 >= phase.steps:
+            break
         asked = time.time()
     if rank == 0:
         seconds = before + time.time() - began
