@@ -66,12 +66,14 @@ bench:  ## run the benchmarks, add their lines to bench/results, render the tabl
 	$(MAKE) render
 
 gpu-sanitize:  ## small cases of the same under compute-sanitizer's four tools
-	tools/install_deps.sh build test
+	tools/install_deps.sh build test sanitize
 	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
 	cmake --build --preset cuda --parallel $(JOBS) --target gpu_tests
-	tools/gpu_sanitize.sh build/cuda/tests
+	tools/gpu_sanitize.sh build/cuda/tests $(SANITIZER_RESULTS)
+	$(MAKE) render
 
 GPU_RESULTS ?= bench/results/h200.jsonl
+SANITIZER_RESULTS ?= bench/results/sanitizers/h200.jsonl
 gpu-bench:  ## the benchmarks on this machine's NVIDIA GPU, with PyTorch's attention beside them
 	tools/install_deps.sh build test
 	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)

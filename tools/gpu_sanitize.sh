@@ -2,55 +2,76 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Runs small cases of what `make gpu-test` runs under NVIDIA's compute-sanitizer, on this machine's
-# GPU: memcheck, racecheck, synccheck, initcheck. A line for each tool and program.
+# GPU: racecheck, synccheck, initcheck, memcheck. A line for each tool and program, here and in
+# RESULTS (bench/results/README.md); docs/verification.md says what the tools see.
 #
-#   tools/gpu_sanitize.sh [FOLDER [TOOL ...]]     build/cuda/tests
+#   tools/gpu_sanitize.sh [FOLDER [RESULTS [TOOL ...]]]     build/cuda/tests and no RESULTS
 #
-# Of the common tests, FILTER (below): every step, at the edges of windows, blocks and chunks; fewer
-# for racecheck, which takes minutes. racecheck does not see Hopper's prefill attention and its
-# gradients: where one thread arrives at an mbarrier for all that met at a named barrier, as there,
-# it reports a race in a program that has none (bench/probes/race_probe.cu; asked on an H200). A
-# real race of those kernels would go unseen here. The recorded graphs are left to
-# tools/gpu_test.sh, as the sanitizer runs their kernels one by one. JOBS, LIMIT, and carrying
-# FOLDER to another machine: see gpu_pool.sh.
+# Of the common tests, FILTER (below): every step, at the edges of windows, blocks and chunks. The
+# recorded graphs are left to tools/gpu_test.sh, as the sanitizer runs their kernels one by one.
+# COMPUTE_SANITIZER names the program; else it is .venv's, where the group "sanitize" of
+# docs/dependencies.md puts it, or the CUDA toolkit's. JOBS, LIMIT, and carrying FOLDER to another
+# machine, where INFLLM_COMMIT names the commit: see gpu_pool.sh.
 set -uo pipefail
 source "$(dirname "$0")/gpu_pool.sh"
-folder=${1:-$root/build/cuda/tests}
-shift $(($# > 0))
-[[ $# -gt 0 ]] || set -- memcheck racecheck synccheck initcheck
-few='*cuda_0_*_edges_decode:*cuda_0_*_group_7:*cuda_0_*_group_16'
-many="$few:*TransformerTest*cuda_*:*LinearTest*cuda_*:*TopLogits*cuda_*:*RopeAppend*cuda_*:*Edge*cuda_*"
-for name in edges_prefill budget_edge group_32 chunked taking_turns; do many+=":*cuda_0_*_$name"; done
+folder=${1:-$root/build/cuda/tests} results=${2:-/dev/null}
+shift $(($# < 2 ? $# : 2))
+[[ $# -gt 0 ]] || set -- racecheck synccheck initcheck memcheck
+filter='*TransformerTest*cuda_*:*LinearTest*cuda_*:*TopLogits*cuda_*:*RopeAppend*cuda_*:*Edge*cuda_*'
+for name in edges_decode edges_prefill budget_edge group_7 group_16 group_32 chunked taking_turns; do
+  filter+=":*cuda_0_*_$name"
+done
+filter=${FILTER:-$filter}
 export sanitizer
-sanitizer=$(command -v compute-sanitizer /usr/local/cuda/bin/compute-sanitizer | head -n 1)
-[[ -n "$sanitizer" ]] || { printf 'found no compute-sanitizer, expected it in PATH\n' >&2; exit 1; }
+sanitizer=${COMPUTE_SANITIZER:-$(command -v "$root"/.venv/lib/python3*/site-packages/nvidia/cu13/bin/compute-sanitizer \
+  compute-sanitizer /usr/local/cuda/bin/compute-sanitizer | head -n 1)}
+[[ -n "$sanitizer" ]] || {
+  printf 'found no compute-sanitizer; tools/install_deps.sh sanitize installs it\n' >&2
+  exit 1
+}
+version=$("$sanitizer" --version | awk '/^Version/ {print $2}')
+device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1)
+commit=${INFLLM_COMMIT:-$(git -C "$root" rev-parse --short HEAD 2>/dev/null)}
+date=$(date -u +%Y-%m-%dT%H:%M:%SZ)
 
 # sanitize TOOL COMMAND...: fails on a finding. Failing calls of CUDA are no finding, as tests of
-# refusals provoke them. For initcheck, memory is left as it comes, and results may differ.
+# refusals provoke them. For initcheck, memory is left as it comes; what the host reads back is not
+# judged, because no cell has to write the rows of tokens that do not exist.
 sanitize() {
-  local tool=$1 status
+  local tool=$1 options=(--report-api-errors no)
   shift
-  [[ $tool == initcheck ]] && export INFLLM_UNPOISONED=1
-  "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode 99 "$@"
-  status=$?
-  [[ $status == 0 || ($tool == initcheck && $status == 1) ]]
+  case $tool in
+    initcheck) export INFLLM_UNPOISONED=1 options=(--check-api-memory-access no) ;;
+    memcheck) ! "$sanitizer" --help | grep -q check-tensor-ops || options+=(--check-tensor-ops yes) ;;
+  esac
+  "$sanitizer" --tool "$tool" "${options[@]}" --error-exitcode 99 "$@"
 }
 export -f sanitize
+
+# The line in RESULTS. A tool that was stopped has no summary.
+ended() {
+  local tool=${1%%.*} program=${1#*.}
+  awk -v tool="$tool" -v program="${program%%.*}" -v seconds="$2" -v version="$version" \
+    -v device="${device%, *}" -v driver="${device##*, }" -v commit="$commit" -v date="$date" '
+    /^(ok|BAD|FAIL) / {++cases}
+    / tests? from .* ran\./ {cases += $2}
+    /^=+ (ERROR|RACECHECK) SUMMARY: / {finished = 1; if (!/not printed/) reports += $4}
+    END {
+      printf "{\"name\": \"sanitizer.%s\", \"program\": \"%s\", \"cases\": %d, \"reports\": %d, ",
+        tool, program, cases, reports
+      printf "\"seconds\": %d, \"finished\": %s, \"version\": \"%s\", \"device\": \"%s\", ", seconds,
+        finished ? "true" : "false", version, device
+      printf "\"driver\": \"%s\", \"commit\": \"%s\", \"date\": \"%s\"}\n", driver, commit, date
+    }' "$logs/$1" >>"$results"
+}
 
 for tool in "$@"; do
   for program in "$folder"/cuda/*; do
     [[ -f "$program" && -x "$program" ]] || continue
-    words=(tiny)
-    if [[ $tool == racecheck ]]; then
-      [[ $(basename "$program") == sm90_attend_main ]] && continue
-      [[ $(basename "$program") == backward_main ]] && words=(sm80 tiny)
-    fi
-    start "$tool.$(basename "$program")" bash -c 'sanitize "$@"' - "$tool" "$program" "${words[@]}"
+    start "$tool.$(basename "$program")" bash -c 'sanitize "$@"' - "$tool" "$program" tiny
   done
   [[ -x "$folder/gpu_kernels" ]] || continue
-  filter=$many
-  [[ $tool == racecheck ]] && filter="$few-*Att*cuda_0_sm90*_group_16"
-  start_shards "$tool.gpu_kernels" 8 \
-    bash -c 'sanitize "$@"' - "$tool" "$folder/gpu_kernels" --gtest_filter="${FILTER:-$filter}" --gtest_brief=1
+  start_shards "$tool.gpu_kernels" $([[ $tool == racecheck ]] && echo 16 || echo 8) \
+    bash -c 'sanitize "$@"' - "$tool" "$folder/gpu_kernels" --gtest_filter="$filter" --gtest_brief=1
 done
 finish

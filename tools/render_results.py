@@ -15,6 +15,7 @@ import sys
 
 import chart
 import results
+import sanitizer_table
 import training_tables
 
 BEGIN = "<!-- begin:numbers (tools/render_results.py writes what follows) -->"
@@ -314,6 +315,7 @@ def rendered(root):
     files[root / "docs/performance.md"] = performance(measurements, evaluations)
     files[root / "README.md"] = replace_region(readme, readme_numbers(measurements, evaluations))
     files.update(training_tables.rendered(root))
+    files.update(sanitizer_table.rendered(root))
     return files
 
 

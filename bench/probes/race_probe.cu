@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What compute-sanitizer's racecheck knows of mbarriers: three ways to hand shared memory from one
-// warpgroup to another, none of which races by the PTX memory model. Of the ways that it reports, a
-// report about a kernel that uses them says nothing; gpu_sanitize.sh looks here.
+// What compute-sanitizer's racecheck knows of barriers: four ways to hand shared memory on, none of
+// which races by the PTX memory model, and one that does. It must report the last; of the others
+// that it reports, a report about a kernel that uses them says nothing.
 //
-//   compute-sanitizer --tool racecheck race_probe all      every writer arrives at the mbarrier
-//   compute-sanitizer --tool racecheck race_probe leader   writers meet at a named barrier, one
-//   arrives compute-sanitizer --tool racecheck race_probe refill   then the copy engine fills the
-//   memory anew
+//   compute-sanitizer --tool racecheck race_probe WAY
+//
+//   group    within a warpgroup, at a named barrier
+//   all      from one warpgroup to another: every writer arrives at an mbarrier
+//   leader   writers meet at a named barrier, one arrives at the mbarrier
+//   refill   the same, and then the copy engine fills the memory anew
+//   none     nobody waits
 #include <cstring>
 
 #include "bench/probes/probe.cuh"
@@ -16,7 +19,7 @@
 
 namespace infllm::probes {
 
-enum class Way { kAll, kLeader, kRefill };
+enum class Way { kGroup, kAll, kLeader, kRefill, kNone };
 
 __global__ void __launch_bounds__(256, 1) hand_over(Way way, const unsigned* from, unsigned* out) {
   using namespace cuda::tile;
@@ -33,9 +36,11 @@ __global__ void __launch_bounds__(256, 1) hand_over(Way way, const unsigned* fro
     fence_async_proxy();
     if (way != Way::kAll) named_barrier_sync(1, 128);
     if (way == Way::kAll || threadIdx.x == 0) mbarrier_arrive(&empty);
+    if (way == Way::kGroup) out[threadIdx.x] = words[(threadIdx.x + 1) % 128];
     return;
   }
-  mbarrier_wait(&empty, 0);
+  if (way == Way::kGroup) return;
+  if (way != Way::kNone) mbarrier_wait(&empty, 0);
   if (way == Way::kRefill) {
     if (threadIdx.x == 128) {
       mbarrier_arrive_expect_tx(&full, sizeof(words));
@@ -50,10 +55,11 @@ __global__ void __launch_bounds__(256, 1) hand_over(Way way, const unsigned* fro
 
 int main(int argc, char** argv) {
   using namespace infllm::probes;
-  const char* word = argc > 1 ? argv[1] : "";
-  const Way way = std::strcmp(word, "all") == 0      ? Way::kAll
-                  : std::strcmp(word, "leader") == 0 ? Way::kLeader
-                                                     : Way::kRefill;
+  const char* words[] = {"group", "all", "leader", "refill", "none"};
+  int which = 0;
+  while (which < 5 && (argc < 2 || std::strcmp(argv[1], words[which]) != 0)) ++which;
+  if (which == 5) return std::printf("usage: race_probe group | all | leader | refill | none\n"), 2;
+  const Way way = static_cast<Way>(which);
   unsigned* memory;
   must(cudaMalloc(&memory, 1024));
   must(cudaMemset(memory, 0, 1024));
@@ -61,6 +67,7 @@ int main(int argc, char** argv) {
   must(cudaGetLastError());
   unsigned out[128];
   must(cudaMemcpy(out, memory + 128, sizeof(out), cudaMemcpyDeviceToHost));
+  if (way == Way::kNone) return 0;
   const unsigned want = way == Way::kRefill ? 0 : 1;
   for (const unsigned x : out) {
     if (x != want) return std::printf("found %u, expected %u\n", x, want), 1;

@@ -43,7 +43,8 @@ Buffer upload(const Backend& backend, std::span<const double> values, DType dtyp
 Buffer upload(const Backend& backend, std::span<const std::int32_t> values);
 std::vector<double> download(const Backend& backend, const Buffer& buffer, std::int64_t count,
                              DType dtype);
-// An output array full of NaN, so that what nobody wrote shows.
+// An output array full of NaN, so that what nobody wrote shows. With INFLLM_UNPOISONED in the
+// environment it is left as it comes, for compute-sanitizer's initcheck (tests/cuda/poison.h).
 Buffer poisoned(const Backend& backend, std::int64_t count, DType dtype);
 
 }  // namespace infllm::testing

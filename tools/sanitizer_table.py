@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of bench/results/sanitizers/*.jsonl for docs/verification.md; render_results.py calls it.
+
+tools/gpu_sanitize.sh appends the lines: one for each tool and program, or for each shard of one. Of
+a tool and a program the lines of the last run count, all those with its date.
+"""
+
+import json
+import re
+
+BEGIN = "<!-- begin:sanitizers (tools/sanitizer_table.py writes what follows) -->"
+END = "<!-- end:sanitizers -->"
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+FIELDS = {
+    "name": str, "program": str, "cases": int, "reports": int, "seconds": int, "finished": bool,
+    "version": str, "device": str, "driver": str, "commit": str, "date": str,
+}
+
+
+def parse(line):
+    record = json.loads(line)
+    for field, kind in FIELDS.items():
+        if type(record.get(field)) is not kind:
+            raise ValueError(f'"{field}" is {json.dumps(record.get(field))}, expected {kind.__name__}')
+    if record.keys() != FIELDS.keys():
+        raise ValueError(f"found the fields {', '.join(record)}, expected {', '.join(FIELDS)}")
+    if record["name"].removeprefix("sanitizer.") not in TOOLS:
+        raise ValueError(f'"name" is "{record["name"]}", expected sanitizer.{{{",".join(TOOLS)}}}')
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", record["date"]):
+        raise ValueError(f'"date" is "{record["date"]}", expected YYYY-MM-DDThh:mm:ssZ')
+    return record
+
+
+def load(folder):
+    """{(tool, program): the lines of its last run}"""
+    runs = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                record = parse(line)
+            except ValueError as error:
+                raise ValueError(f"{path.name}:{number}: {error}") from error
+            runs.setdefault((record["name"].removeprefix("sanitizer."), record["program"]),
+                            []).append(record)
+    return {key: [r for r in lines if r["date"] == max(x["date"] for x in lines)]
+            for key, lines in runs.items()}
+
+
+def cell(lines):
+    """'13 cases, no report (20 s)'; the seconds are those of the longest shard."""
+    if not lines:
+        return ""
+    cases, reports = sum(r["cases"] for r in lines), sum(r["reports"] for r in lines)
+    found = "no report" if reports == 0 else f"**{reports} report{'s' * (reports > 1)}**"
+    cut = "" if all(r["finished"] for r in lines) else ", **stopped**"
+    return f"{cases} cases, {found}{cut} ({max(r['seconds'] for r in lines)} s)"
+
+
+def region(runs):
+    if not runs:
+        return "No results yet.\n"
+    lines = ["| program | " + " | ".join(TOOLS) + " |", "|---" * (1 + len(TOOLS)) + "|"]
+    for program in sorted({program for _, program in runs}):
+        cells = [cell(runs.get((tool, program), [])) for tool in TOOLS]
+        lines.append(f"| `{program}` | " + " | ".join(cells) + " |")
+    places = {f'{r["device"]}, driver {r["driver"]}, compute-sanitizer {r["version"]}, commit '
+              f'`{r["commit"]}`, {r["date"][:10]}' for run in runs.values() for r in run}
+    return "\n".join(lines) + "\n\n" + "; ".join(sorted(places)) + ".\n"
+
+
+def rendered(root):
+    """{docs/verification.md: its text with the table}, or nothing where there is no such page."""
+    page = root / "docs/verification.md"
+    if not page.is_file():
+        return {}
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"docs/verification.md: expected one line {BEGIN} and one line {END}")
+    before, rest = text.split(BEGIN)
+    table = region(load(root / "bench/results/sanitizers"))
+    return {page: f"{before}{BEGIN}\n{table}{END}{rest.split(END)[1]}"}
