@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <numeric>
 #include <random>
 
 #include "infllm/backend/open.h"
@@ -152,6 +153,48 @@ TEST(Runner, LogitsOfAReplayAreThoseOfARun) {
     EXPECT_EQ(best.logit[0], run[static_cast<std::size_t>(best.token[0])]);
     sequence.advance(1, plan.modes()[0]);
   }
+}
+
+// An observer is told of every layer in turn, and can have its choice of blocks made again.
+TEST(Runner, AnObserverSeesWhatEachLayerChooses) {
+  const model::Model model = load(testing::must(open_backend("reference", {.threads = 2})));
+  KvPool pool =
+      testing::must(KvPool::create(model.backend(), model.kv_layout(), model.config().layers, 20));
+  Plan plan = testing::must(
+      Plan::create(model.backend(),
+                   {.max_tokens = 200, .max_sequences = 1, .max_pages = 20, .max_kv_length = 200}));
+  Runner runner =
+      testing::must(Runner::create(model, pool, {.max_tokens = 200, .max_kv_length = 200}));
+  const ModeRule rule{.sparse = model.config().sparse};
+  Sequence sequence;
+  sequence.restart(prompt_of(200, 1), rule, pool);
+  ASSERT_TRUE(pool.extend(sequence.pages, 200));
+  const Work work{&sequence, 200};
+  testing::must(plan.build({&work, 1}, rule, pool));
+
+  std::vector<std::int32_t> layers;
+  const model::AttentionObserver observer = [&](std::int32_t layer,
+                                                const AttentionParams& p) -> Status {
+    layers.push_back(layer);
+    const auto columns = static_cast<std::size_t>(selection_columns(p));
+    std::vector<std::int32_t> chosen(200 * p.pages.layout.kv_heads * columns);
+    std::vector<std::byte> workspace(attention_workspace_bytes(model.backend(), p));
+    INFLLM_TRY(attention_selection(model.backend(), p, chosen.data(), workspace));
+    for (std::size_t row = 0; row < chosen.size() / columns; ++row) {
+      const std::span<const std::int32_t> blocks(chosen.data() + row * columns, columns);
+      const auto end = std::ranges::find(blocks, -1);
+      EXPECT_TRUE(std::is_sorted(blocks.begin(), end)) << layer << " " << row;
+      // The own block is the last one; up to the budget all are there.
+      const auto own = static_cast<std::int32_t>(row % 200 / 16);
+      EXPECT_EQ(*(end - 1), own) << layer << " " << row;
+      EXPECT_EQ(end - blocks.begin(), std::min<std::int64_t>(own + 1, blocks.size()));
+    }
+    return {};
+  };
+  testing::must(runner.run(plan, nullptr, &observer));
+  std::vector<std::int32_t> all(static_cast<std::size_t>(model.config().layers));
+  std::iota(all.begin(), all.end(), 0);
+  EXPECT_EQ(layers, all);
 }
 
 // The same on this machine's devices, with the checkpoint whose layout they can hold: recorded,

@@ -7,6 +7,7 @@
 
 #include "infllm/ops/compress.h"
 #include "infllm/ops/kernels.h"
+#include "infllm/ops/overlap.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/select.h"
 
@@ -214,29 +215,6 @@ Result<std::vector<std::int32_t>> Chooser::read(const Backend& backend) const {
   return chosen;
 }
 
-double overlap_of(const SparseConfig& config, std::span<const std::int32_t> selection,
-                  std::int32_t heads_kv, std::int64_t tokens, std::int64_t columns,
-                  std::int64_t length) {
-  std::int64_t common = 0;
-  std::int64_t total = 0;
-  for (std::int64_t row = 1; row < heads_kv * tokens; ++row) {
-    if (row % tokens == 0) continue;  // another head
-    // Freely chosen blocks lie between the first and the local ones; -1 is behind everything.
-    const std::int64_t local = config.first_local_block(length - tokens + row % tokens);
-    const auto free = [&](std::int64_t r) {
-      const auto* begin = selection.data() + r * columns;
-      const auto* end = std::find(begin, begin + columns, -1);
-      const auto* first = std::min(begin + config.init_blocks, end);
-      return std::span(first, std::lower_bound(first, end, local));
-    };
-    std::vector<std::int32_t> both;
-    std::ranges::set_intersection(free(row - 1), free(row), std::back_inserter(both));
-    common += static_cast<std::int64_t>(both.size());
-    total += static_cast<std::int64_t>(free(row).size());
-  }
-  return total == 0 ? 1.0 : static_cast<double>(common) / static_cast<double>(total);
-}
-
 Result<double> measure_overlap(const Backend& backend, const AttentionShape& shape,
                                const SparseConfig& config, Layer& layer, std::int64_t length,
                                double correlation) {
@@ -248,7 +226,8 @@ Result<double> measure_overlap(const Backend& backend, const AttentionShape& sha
   Chooser chooser = INFLLM_TRY(Chooser::create(backend, shape, config, layer.pages(), batch));
   INFLLM_TRY(chooser.run(backend, q.data()));
   const std::vector<std::int32_t> selection = INFLLM_TRY(chooser.read(backend));
-  return overlap_of(config, selection, shape.heads_kv, kOverlapTokens, chooser.columns(), length);
+  return neighbours_overlap(config, selection, shape.heads_kv, kOverlapTokens, chooser.columns(),
+                            length);
 }
 
 Result<double> correlation_for(const Backend& backend, const AttentionShape& shape,

@@ -109,15 +109,10 @@ class Chooser {
   Buffer selection_, scores_, workspace_;
 };
 
-// The share of freely chosen blocks that a token's selection has in common with its neighbour's,
-// over the last tokens of a layer.
+// neighbours_overlap() of the last tokens of a layer.
 Result<double> measure_overlap(const Backend& backend, const AttentionShape& shape,
                                const SparseConfig& config, Layer& layer, std::int64_t length,
                                double correlation);
-// The same of a selection [Hkv, tokens, columns] whose tokens end at position length - 1.
-double overlap_of(const SparseConfig& config, std::span<const std::int32_t> selection,
-                  std::int32_t heads_kv, std::int64_t tokens, std::int64_t columns,
-                  std::int64_t length);
 
 // The correlation of queries that yields `overlap`.
 Result<double> correlation_for(const Backend& backend, const AttentionShape& shape,

@@ -13,6 +13,7 @@
 #include "infllm/model/layer.h"
 #include "infllm/model/model.h"
 #include "infllm/ops/kernels.h"
+#include "infllm/ops/overlap.h"
 
 namespace infllm::bench {
 namespace {
@@ -106,8 +107,8 @@ Result<Trace> trace_selection(const Backend& backend, const SparseConfig& config
   Trace trace{.selection = INFLLM_TRY(chooser.read(backend)),
               .heads_kv = model_config.kv_heads,
               .columns = chooser.columns()};
-  trace.overlap = overlap_of(*model_config.sparse, trace.selection, trace.heads_kv, options.tokens,
-                             trace.columns, options.tokens);
+  trace.overlap = neighbours_overlap(*model_config.sparse, trace.selection, trace.heads_kv,
+                                     options.tokens, trace.columns, options.tokens);
   return trace;
 }
 

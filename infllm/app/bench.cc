@@ -68,6 +68,8 @@ Result<BenchRow> run_test(BenchRunner& runner, const Session& session, const Ben
   }
   BenchRow row = measure_row(session, test, attention, runs);
   row.repeat = options.repeat;
+  row.filled = options.fill && test.depth > 0;
+  if (test.prompt > 0 && row.is_sparse) row.overlap = INFLLM_TRY(runner.overlap());
   if (waits && options.steps) {
     row.times = INFLLM_TRY(measure(true)).times;
     row.timed_runs = 1;
@@ -100,6 +102,7 @@ Status run_tests(const Session& session, const Options& options, const std::stri
                                            .chunk_tokens = options.model.chunk_tokens,
                                            .dense = attention == "dense",
                                            .repeat = options.bench.repeat,
+                                           .fill = options.bench.fill,
                                            .memory_limit = available_memory(session.backend)}));
   for (const BenchTest& test : tests) {
     const std::string note = fmt::format("{} {}", test.name(), attention);

@@ -5,11 +5,43 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
+#include <random>
 
 #include "infllm/app/signals.h"
 #include "infllm/engine/engine_shape.h"
+#include "infllm/ops/compress.h"
+#include "infllm/ops/kernels.h"
+#include "infllm/ops/overlap.h"
+#include "infllm/ops/transformer.h"
 
 namespace infllm::app {
+
+namespace {
+
+// Normally distributed numbers of the activation type: a table's rows, looked up one by one.
+Result<Buffer> normal_rows(const Backend& backend, std::int64_t rows, std::int64_t width) {
+  std::vector<float> numbers(static_cast<std::size_t>(rows * width));
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  for (float& x : numbers) x = normal(random);
+  std::vector<std::int32_t> each(static_cast<std::size_t>(rows));
+  std::iota(each.begin(), each.end(), 0);
+  const std::size_t id_bytes = each.size() * sizeof(each[0]);
+  const EmbeddingTable table = INFLLM_TRY(
+      upload_table(backend, TensorView::matrix(numbers.data(), DType::kF32, rows, width)));
+  const Buffer ids = INFLLM_TRY(allocate(backend, id_bytes));
+  INFLLM_TRY(copy_in(backend, ids.data(), each.data(), id_bytes));
+  const std::int64_t bytes = rows * width * size_of(backend.kernels->activation);
+  Buffer buffer = INFLLM_TRY(allocate(backend, static_cast<std::size_t>(bytes)));
+  INFLLM_TRY(embed(
+      backend,
+      {.table = &table, .tokens = rows, .token_ids = ids.as<std::int32_t>(), .y = buffer.data()}));
+  INFLLM_TRY(synchronize(backend));  // before the table goes
+  return buffer;
+}
+
+}  // namespace
 
 BenchRunner::BenchRunner(const model::Model& model, const Options& options, engine::KvPool pool,
                          engine::Plan plan, engine::Runner runner)
@@ -64,11 +96,75 @@ Status BenchRunner::start(std::int32_t depth, std::int32_t prompt) {
   sequence_.truncate(depth, pool_);
   sequence_.restart(tokens, rule_, pool_);
   INFLLM_CHECK(pool_.extend(sequence_.pages, options_.context), "the pool holds the context");
+  if (options_.fill) INFLLM_TRY(fill(depth));
   BenchRun untimed;
   while (sequence_.cached < depth) {
     INFLLM_TRY(advance(std::min(options_.chunk_tokens, depth - sequence_.cached), false, untimed));
   }
   return {};
+}
+
+// The same rows for every layer and, from another row on, for every chunk.
+Status BenchRunner::fill(std::int32_t depth) {
+  const Backend& backend = model_->backend();
+  const KvLayout& layout = pool_.layout();
+  const std::int64_t width = std::int64_t{layout.kv_heads} * layout.head_dim;
+  const std::int64_t rows = options_.chunk_tokens;
+  const Buffer made_up = INFLLM_TRY(normal_rows(backend, 2 * rows, width));
+  const std::int64_t row_bytes = width * size_of(backend.kernels->activation);
+  while (sequence_.cached < depth) {
+    const std::int32_t tokens = std::min(options_.chunk_tokens, depth - sequence_.cached);
+    const std::byte* const keys = made_up.data() + sequence_.cached / rows * 37 % rows * row_bytes;
+    const engine::Work work{&sequence_, tokens};
+    INFLLM_TRY(plan_.build({&work, 1}, rule_, pool_));
+    for (std::int32_t i = 0; i < model_->config().layers; ++i) {
+      const KvPages pages = pool_.layer(i);
+      INFLLM_TRY(kv_append(backend, {.pages = pages,
+                                     .batch = plan_.batch(),
+                                     .k = keys,
+                                     .v = keys,
+                                     .k_score = layout.score_keys() ? keys : nullptr}));
+      if (layout.pooled_keys) {
+        INFLLM_TRY(compress(backend, {.pages = pages, .batch = plan_.batch()}));
+      }
+    }
+    INFLLM_TRY(synchronize(backend));
+    sequence_.advance(tokens, plan_.modes().front());
+  }
+  return {};
+}
+
+Result<double> BenchRunner::overlap() {
+  constexpr std::int32_t kTokens = 512;
+  const std::int32_t length = sequence_.cached;
+  const std::int32_t tokens = std::min({kTokens, options_.chunk_tokens, length});
+  INFLLM_TRY(start(length - tokens, tokens));
+  const engine::Work work{&sequence_, tokens};
+  INFLLM_TRY(plan_.build({&work, 1}, rule_, pool_));
+
+  const Backend& backend = model_->backend();
+  Buffer chosen, workspace;
+  std::vector<std::int32_t> selection;
+  double sum = 0;
+  const model::AttentionObserver observer = [&](std::int32_t,
+                                                const AttentionParams& params) -> Status {
+    const std::int32_t columns = selection_columns(params);
+    const std::int32_t heads = params.pages.layout.kv_heads;
+    if (selection.empty()) {
+      selection.resize(static_cast<std::size_t>(heads) * tokens * columns);
+      chosen = INFLLM_TRY(allocate(backend, selection.size() * sizeof(selection[0])));
+      workspace = INFLLM_TRY(allocate(backend, attention_workspace_bytes(backend, params)));
+    }
+    INFLLM_TRY(attention_selection(backend, params, chosen.as<std::int32_t>(),
+                                   {workspace.data(), workspace.bytes()}));
+    INFLLM_TRY(copy_out(backend, selection.data(), chosen.data(), chosen.bytes()));
+    sum += neighbours_overlap(params.config, selection, heads, tokens, columns, length);
+    return {};
+  };
+  INFLLM_TRY(runner_.run(plan_, nullptr, &observer));
+  INFLLM_TRY(synchronize(backend));
+  sequence_.advance(tokens, plan_.modes().front());
+  return sum / model_->config().layers;
 }
 
 Result<BenchRun> BenchRunner::prefill(bool by_parts) {

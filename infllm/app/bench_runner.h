@@ -5,6 +5,7 @@
 //   BenchRunner runner = INFLLM_TRY(BenchRunner::create(model, {.context = 4096, ...}));
 //   INFLLM_TRY(runner.start(1024, 512));                     // 1024 tokens in the cache
 //   BenchRun run = INFLLM_TRY(runner.prefill(false));        // the next 512, as one prompt
+//   double shared = INFLLM_TRY(runner.overlap());            // of its last tokens' selections
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,7 @@ class BenchRunner {
     std::int32_t chunk_tokens = 0;  // 0: engine::default_chunk_tokens()
     bool dense = false;
     std::int32_t repeat = 1;  // times that each token comes in a row
+    bool fill = false;        // start() makes up keys and values too, instead of computing them
     std::int64_t memory_limit = 0;
   };
   static Result<BenchRunner> create(const model::Model& model, const Options& options);
@@ -45,10 +47,15 @@ class BenchRunner {
   Result<BenchRun> decode(std::int32_t count, bool by_parts);
   // `by_parts`: fill BenchRun::times. A device waits for each part then, and replays nothing.
 
+  // neighbours_overlap() (ops/overlap.h) of the last tokens in the cache, which are computed once
+  // more: the mean of all layers.
+  Result<double> overlap();
+
  private:
   BenchRunner(const model::Model& model, const Options& options, engine::KvPool pool,
               engine::Plan plan, engine::Runner runner);
   Status advance(std::int32_t tokens, bool by_parts, BenchRun& run);
+  Status fill(std::int32_t depth);
   std::int32_t made_up_token(std::int32_t position) const;
 
   const model::Model* model_;

@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "infllm/app/progress.h"
@@ -38,6 +39,8 @@ nlohmann::json row_json(const Session& session, const BenchRow& row) {
           {"attention", row.attention},
           {"attended_sparsely", row.is_sparse},
           {"visible_share", row.visible_share},
+          {"overlap", row.overlap ? nlohmann::json(*row.overlap) : nlohmann::json()},
+          {"cache", row.filled ? "made up" : "computed"},
           {"runs", row.runs},
           {"avg_ts", row.rate.mean},
           {"stddev_ts", row.rate.deviation},
@@ -58,9 +61,8 @@ std::string rate_text(const BenchRow* row) {
 std::string speed_table(const Session& session, const std::vector<BenchRow>& rows) {
   std::string text =
       "| model | weights | size | device | threads | test | dense t/s | sparse t/s | sparse/dense "
-      "| "
-      "attended | weights GB/s | cache GB/s |\n"
-      "|---|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|\n";
+      "| attended | overlap | weights GB/s | cache GB/s |\n"
+      "|---|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|\n";
   std::vector<std::string> seen;
   for (const BenchRow& row : rows) {
     if (std::ranges::count(seen, row.test.name()) > 0) continue;
@@ -74,12 +76,14 @@ std::string speed_table(const Session& session, const std::vector<BenchRow>& row
     const auto gbps = [&](double value) {
       return row.test.generated > 0 ? fmt::format("{:.2f}", value) : "";
     };
-    text += fmt::format("| {} | {} | {} | {} | {} | {} | {} | {} | {} | {:.1f}% | {} | {} |\n",
+    const std::string overlap =
+        last.overlap ? fmt::format("{:.1f}%", 100 * *last.overlap) : std::string();
+    text += fmt::format("| {} | {} | {} | {} | {} | {} | {} | {} | {} | {:.1f}% | {} | {} | {} |\n",
                         session.name, session.dtype,
                         bytes_text(static_cast<double>(session.model->weights().bytes())),
                         session.backend.name, session.threads(), row.test.name(), rate_text(dense),
-                        rate_text(sparse), ratio, 100 * last.visible_share, gbps(last.weight_gbps),
-                        gbps(last.cache_gbps));
+                        rate_text(sparse), ratio, 100 * last.visible_share, overlap,
+                        gbps(last.weight_gbps), gbps(last.cache_gbps));
   }
   return text;
 }
@@ -161,6 +165,8 @@ nlohmann::json bench_record(const Session& session, const std::vector<BenchRow>&
   record["ms_low"] = row.milliseconds.low;
   record["ms_high"] = row.milliseconds.high;
   record["visible_share"] = row.visible_share;
+  if (row.overlap) record["overlap"] = std::round(*row.overlap * 1e3) / 1e3;
+  if (row.filled) record["note"] = "keys and values in the cache made up, not computed";
   record["steps_ms"] = times_json(row.times);
   for (auto& step : record["steps_ms"]) step = step.get<double>() / row.timed_runs;
   if (row.timed_runs == 0) record.erase("steps_ms");

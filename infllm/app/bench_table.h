@@ -4,6 +4,7 @@
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,10 @@ struct BenchRow {
   bool is_sparse = false;  // whether some token did attend sparsely
   double visible_share = 1;
   std::int32_t repeat = 1;  // times that each token came in a row
+  bool filled = false;      // the cache in front was made up
+  // Of a prompt that was attended to sparsely: what its last tokens' selections have in common
+  // (ops/overlap.h).
+  std::optional<double> overlap;
   std::int32_t runs = 0;
   Summary rate;            // tokens per second
   Summary milliseconds;    // of one run

@@ -135,6 +135,7 @@ void add_bench(CLI::App* app, Options& options) {
   option(app, "--synthetic", bench.synthetic)->check(CLI::IsMember(model::named_configs()));
   option(app, "--jsonl", bench.jsonl_file);
   option(app, "--repeat", bench.repeat)->check(CLI::Range(1, 1024));
+  app->add_flag("--fill", bench.fill);
   app->add_flag_callback("--no-warmup", [&bench] { bench.warmup = false; });
   app->add_flag_callback("--no-steps", [&bench] { bench.steps = false; });
 }

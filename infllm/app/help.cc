@@ -97,6 +97,8 @@ constexpr char kBenchHelp[] =
   --synthetic SHAPE        generated weights: minicpm4-0.5b, minicpm4-8b, minicpm4.1-8b, bitcpm4-1b
   --repeat N               each made-up token N times in a row (default 1: every neighbour another
                            one, which no text has); neighbours then select nearly the same blocks
+  --fill                   make up the keys and values of -d instead of computing them, which takes a
+                           minute for a million tokens of an 8B model; -n is as fast behind either
   --no-warmup              measure from the first run
   --no-steps               on a GPU: without the further run that tells the time of each step
 )";

@@ -74,6 +74,7 @@ struct BenchOptions {
   std::string synthetic;                   // a shape instead of a checkpoint
   std::string jsonl_file;                  // benchmark records are appended here
   std::int32_t repeat = 1;                 // times that each made-up token comes in a row
+  bool fill = false;                       // made-up keys and values in front, too
   bool warmup = true;
   bool steps = true;  // of a device: one more run that tells the steps' times
 };

@@ -35,7 +35,8 @@ Result<Runner> Runner::create(const model::Model& model, const KvPool& pool,
   return runner;
 }
 
-Status Runner::start(const Plan& plan, model::ForwardTimes* times) {
+Status Runner::start(const Plan& plan, model::ForwardTimes* times,
+                     const model::AttentionObserver* observer) {
   INFLLM_TRY(model_->forward({.batch = plan.batch(),
                               .token_ids = plan.token_ids(),
                               .positions = plan.positions(),
@@ -45,7 +46,8 @@ Status Runner::start(const Plan& plan, model::ForwardTimes* times) {
                               .num_logits = plan.num_logits(),
                               .logits = logits_.data(),
                               .workspace = {workspace_.data(), workspace_.bytes()},
-                              .times = times}));
+                              .times = times,
+                              .observer = observer}));
   if (best_.data() == nullptr) return {};
   return top_logits(model_->backend(), {.rows = plan.num_logits(),
                                         .vocabulary = model_->config().vocab_size,
@@ -54,18 +56,22 @@ Status Runner::start(const Plan& plan, model::ForwardTimes* times) {
                                         .out = best_.as<TopLogits>()});
 }
 
-Status Runner::run(const Plan& plan, model::ForwardTimes* times) {
+Status Runner::run(const Plan& plan, model::ForwardTimes* times,
+                   const model::AttentionObserver* observer) {
   rows_ = plan.num_logits();
   has_host_best_ = false;
-  if (!plan.repeatable() || times != nullptr) return start(plan, times);
+  if (!plan.repeatable() || times != nullptr || observer != nullptr) {
+    return start(plan, times, observer);
+  }
   Recording& recording = recordings_[{plan.batch().num_sequences, plan.batch().any_sparse}];
   // The first run may still choose algorithms and load code, which cannot be recorded.
   if (!recording.has_run) {
     recording.has_run = true;
-    return start(plan, nullptr);
+    return start(plan, nullptr, nullptr);
   }
   if (recording.graph.handle == nullptr) {
-    recording.graph = INFLLM_TRY(record(model_->backend(), [&] { return start(plan, nullptr); }));
+    recording.graph =
+        INFLLM_TRY(record(model_->backend(), [&] { return start(plan, nullptr, nullptr); }));
   }
   return replay(model_->backend(), recording.graph);
 }

@@ -32,9 +32,10 @@ class Runner {
   // What create() would allocate beside the workspace.
   static std::int64_t logits_bytes(const model::Model& model, std::int32_t rows);
 
-  // With `times`, part by part and waiting for each; a recorded step has no parts, so asking for
-  // times runs it unrecorded.
-  Status run(const Plan& plan, model::ForwardTimes* times = nullptr);
+  // With `times`, part by part and waiting for each. A recorded step has no parts, so asking for
+  // times, or for an observer of each layer, runs it unrecorded.
+  Status run(const Plan& plan, model::ForwardTimes* times = nullptr,
+             const model::AttentionObserver* observer = nullptr);
 
   // Of row `row` of the last step's logits. Both are valid until the next call of the same name.
   Result<const TopLogits*> best(std::int32_t row);
@@ -50,7 +51,8 @@ class Runner {
   };
 
   explicit Runner(const model::Model& model) : model_(&model) {}
-  Status start(const Plan& plan, model::ForwardTimes* times);
+  Status start(const Plan& plan, model::ForwardTimes* times,
+               const model::AttentionObserver* observer);
 
   const model::Model* model_;
   std::vector<KvPages> layers_;

@@ -51,6 +51,14 @@ Status begin(const Step& step, RopeTableParams tables, const EmbeddingTable& tab
                               .y = step.at(step.plan.hidden)});
 }
 
+// What the layer attended with.
+AttentionParams observed(const Step& step, const KvPages& pages) {
+  AttentionParams params = attention_params(step.config, pages, step.batch);
+  params.q = step.at(step.plan.q);
+  if (pages.layout.score_keys()) params.q_score = step.at(step.plan.q_score);
+  return params;
+}
+
 // Logits of the picked rows: gather first, so that a long prompt normalises one row.
 Status head(const Step& step, const Weights& weights, const ForwardParams& p) {
   const ModelConfig& c = step.config;
@@ -159,6 +167,9 @@ Status Model::forward(const ForwardParams& p) const {
   }));
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
     INFLLM_TRY(attention_layer(step, weights_.layers[i], p.pages[i]));
+    if (p.observer != nullptr) {
+      INFLLM_TRY((*p.observer)(static_cast<std::int32_t>(i), observed(step, p.pages[i])));
+    }
     INFLLM_TRY(mlp_layer(step, weights_.layers[i]));
   }
   if (p.num_logits == 0) return {};

@@ -20,6 +20,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 
 #include "infllm/core/status.h"
@@ -47,6 +48,9 @@ struct ForwardTimes {
   double total() const;
 };
 
+// Told of each layer's attention after it: its queries and cache are still in their places.
+using AttentionObserver = std::function<Status(std::int32_t layer, const AttentionParams&)>;
+
 struct ForwardParams {
   Batch batch;                              // arrays in the backend's memory
   const std::int32_t* token_ids = nullptr;  // [T] backend's memory, each in [0, V)
@@ -60,6 +64,7 @@ struct ForwardParams {
   void* logits = nullptr;                    // [R, V] activation type
   std::span<std::byte> workspace;            // at least workspace_bytes(batch, R)
   ForwardTimes* times = nullptr;             // may be null
+  const AttentionObserver* observer = nullptr;  // may be null
 };
 
 // The largest step that a workspace must hold.

@@ -83,12 +83,19 @@ Status choose_in_two(const Backend& backend, ScoreSelectParams& choose, StepTime
   return timed(backend, times, &StepTimes::select, [&] { return select(backend, choose.select); });
 }
 
+// Score and select, by whichever way the column has.
+Status choose(const Backend& backend, Steps& s, StepTimes* times, Arena arena) {
+  if (!has_score_select(backend, s.choose)) return choose_in_two(backend, s.choose, times, arena);
+  return timed(backend, times, &StepTimes::score,
+               [&] { return score_select(backend, s.choose, arena.rest()); });
+}
+
 }  // namespace
 
 Status attention(const Backend& backend, const AttentionParams& p, std::span<std::byte> workspace) {
   Steps s = plan(p);
   Arena arena(workspace);
-  if (p.pages.layout.pooled_keys) {
+  if (p.pages.layout.pooled_keys && !p.pooled) {
     INFLLM_TRY(timed(backend, p.times, &StepTimes::compress,
                      [&] { return compress(backend, s.compress); }));
   }
@@ -100,17 +107,21 @@ Status attention(const Backend& backend, const AttentionParams& p, std::span<std
     if (p.times == nullptr && has_select_attend(backend, together)) {
       return select_attend(backend, together, arena.rest());
     }
-    if (has_score_select(backend, s.choose)) {
-      INFLLM_TRY(timed(backend, p.times, &StepTimes::score,
-                       [&] { return score_select(backend, s.choose, arena.rest()); }));
-      s.attend.follows_select = &p.config;
-    } else {
-      INFLLM_TRY(choose_in_two(backend, s.choose, p.times, arena));
-    }
+    INFLLM_TRY(choose(backend, s, p.times, arena));
+    if (has_score_select(backend, s.choose)) s.attend.follows_select = &p.config;
   }
   return timed(backend, p.times, &StepTimes::attend,
                [&] { return attend(backend, s.attend, arena.rest()); });
 }
+
+Status attention_selection(const Backend& backend, const AttentionParams& p,
+                           std::int32_t* selection, std::span<std::byte> workspace) {
+  Steps s = plan(p);
+  s.choose.select.selection = selection;
+  return choose(backend, s, p.times, Arena(workspace));
+}
+
+std::int32_t selection_columns(const AttentionParams& p) { return plan(p).choose.select.columns(); }
 
 std::size_t attention_workspace_bytes(const Backend& backend, const AttentionParams& p) {
   Steps s = plan(p);

@@ -32,11 +32,18 @@ struct AttentionParams {
   const void* q_score = nullptr;  // [T, Hq, D] before RoPE, when config.use_nope
   void* o = nullptr;              // [T, Hq, D] activation type
   void* lse = nullptr;            // [Hq, T] accumulate type; may be null
+  bool pooled = false;            // the step's keys are pooled already (rope_append.h)
   StepTimes* times = nullptr;     // may be null
 };
 
 Status attention(const Backend& backend, const AttentionParams& params,
                  std::span<std::byte> workspace);
 std::size_t attention_workspace_bytes(const Backend& backend, const AttentionParams& params);
+
+// The blocks that attention() chooses, without attending to them: [Hkv, T, columns] as select()
+// leaves them. The same workspace suffices.
+Status attention_selection(const Backend& backend, const AttentionParams& params,
+                           std::int32_t* selection, std::span<std::byte> workspace);
+std::int32_t selection_columns(const AttentionParams& params);
 
 }  // namespace infllm
