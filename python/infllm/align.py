@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 
 from infllm import _native
-from infllm.attention import batch_of, cast, pack, plan_of, scale_of
+from infllm.attention import cast, pack, plan_of, scale_of
+from infllm.call import Arrays, Pages, address, config_of, lse_type, run
 from infllm.checks import check_batch, check_qkv, check_scores
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
-from infllm.ops import (
-    BATCH,
-    OPTIONS,
-    Arrays,
-    Pages,
-    address,
-    config_of,
-    implement,
-    library,
-    lse_type,
-    run,
-)
-from infllm.plan import Plan
+from infllm.ops import BATCH, OPTIONS, implement, library
+from infllm.plan import Plan, batch_of
 
 _INPUTS = f"Tensor q, Tensor k, Tensor? q_score, Tensor? k_score, Tensor? rows, {BATCH}, {OPTIONS}"
 

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import infllm.ops  # noqa: F401  (registers torch.ops.infllm)
+from infllm import eager
 from infllm.config import SparseConfig
-from infllm.plan import Plan, make_plan, uniform_plan
+from infllm.plan import Plan, batch_of, make_plan, uniform_plan
 
 
 def attention(
@@ -75,10 +74,14 @@ def attention(
         raise ValueError("plan: given with cu_seqlens, max_seqlen or sparse, expected it alone")
     q, k, v, q_score, k_score = (pack(x) for x in (q, k, v, q_score, k_score))
     scale = scale_of(q, softmax_scale)
-    out, lse, chosen = torch.ops.infllm.attention(
-        q, k, v, q_score, k_score, selection, *batch_of(plan), scale,
-        sparse_config.numbers() if sparse_config is not None else [], backend or "")
-    results = [out.view(shape)]
+    inputs = (q, k, v, q_score, k_score, selection)
+    if eager.is_eager(*inputs):
+        out, lse, chosen = eager.attend(*inputs, plan, scale, sparse_config, backend or "")
+    else:
+        out, lse, chosen = torch.ops.infllm.attention(
+            *inputs, *batch_of(plan), scale,
+            sparse_config.numbers() if sparse_config is not None else [], backend or "")
+    results = [out if len(shape) == 3 else out.view(shape)]
     if return_lse:
         results.append(lse)
     if return_selection:
@@ -120,6 +123,8 @@ def choose(
     q, k, q_score, k_score = (pack(x) for x in (q, k, q_score, k_score))
     scale = scale_of(q, softmax_scale)
     with torch.no_grad():
+        if eager.is_eager(q, k, q_score, k_score):
+            return eager.choose(q, k, q_score, k_score, plan, scale, sparse_config, backend or "")
         return torch.ops.infllm.choose(q, k, q_score, k_score, *batch_of(plan), scale,
                                        sparse_config.numbers(), backend or "")
 
@@ -142,11 +147,6 @@ def pack(x: Tensor | None) -> Tensor | None:
     return x.flatten(0, 1) if x is not None and x.dim() == 4 else x
 
 
-def batch_of(plan: Plan) -> tuple[Any, ...]:
-    return (plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length, plan.page_table, plan.sparse,
-            plan.max_seqlen_q, plan.max_seqlen_k)
-
-
 def plan_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
           max_seqlen_q: int | None, max_seqlen_k: int | None, config: SparseConfig | None,
           sparse: bool | Tensor | None) -> Plan:
@@ -156,13 +156,12 @@ def plan_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Ten
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_k: given without cu_seqlens_q, expected both")
-        if q.dim() == 3:
-            return uniform_plan(1, q.shape[0], k.shape[0], q.device, sparse_config=config,
-                                sparse=sparse)
-        if q.shape[0] != k.shape[0]:
+        if q.dim() == 4 and q.shape[0] != k.shape[0]:
             raise ValueError(f"k: {k.shape[0]} sequences, expected {q.shape[0]} as q")
-        return uniform_plan(q.shape[0], q.shape[1], k.shape[1], q.device, sparse_config=config,
-                            sparse=sparse)
+        lengths = (1, q.shape[0], k.shape[0]) if q.dim() == 3 else (*q.shape[:2], k.shape[1])
+        if eager.is_eager(q, k):
+            return eager.uniform(*lengths, q.device, config, sparse)
+        return uniform_plan(*lengths, q.device, sparse_config=config, sparse=sparse)
     if q.dim() == 4:
         raise ValueError(f"q: {list(q.shape)} with cu_seqlens_q, expected packed [T, Hq, D]")
     max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)

@@ -11,21 +11,12 @@ from torch import Tensor
 
 from infllm import _native
 from infllm.attention import scale_of
+from infllm.call import Arrays, address, columns_of, config_of, layout_of, lse_type, run
 from infllm.checks import check_batch, check_like, check_qkv, check_scores
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
-from infllm.ops import (
-    OPTIONS,
-    Arrays,
-    address,
-    columns_of,
-    config_of,
-    implement,
-    layout_of,
-    library,
-    lse_type,
-    run,
-)
+from infllm.eager import is_eager, starts
+from infllm.ops import OPTIONS, implement, library
 
 _PLACES = ("Tensor cu_seqlens_q, Tensor kv_length, Tensor page_table, int max_seqlen_q, "
            "int max_seqlen_k")
@@ -130,17 +121,23 @@ def attend_with_kvcache(
     """
     if (k is None) != (v is None):
         raise ValueError("k and v: one of them is missing, expected both or none")
-    held = cache_seqlens if k is not None else cache_seqlens - _new_tokens(q, cu_seqlens_q)
-    places = _places(cache, q, held, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
-    if k is not None and v is not None:
-        _append(cache, k, v, k_score, *places)
+    places = _places(cache, q, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k,
+                     appends=k is not None)
     config = cache.sparse_config
     cu, kv_length, table, longest_q, longest_k = places
     flags = _flags(config, sparse, kv_length, longest_k)
-    out, lse, chosen = torch.ops.infllm.cache_attention(
-        _packed(q), None if q_score is None else _packed(q_score), cache.pages, flags, cu,
-        kv_length, table, longest_q, longest_k, cache.heads_kv, scale_of(q, softmax_scale),
-        cache.numbers, cache.backend)
+    inputs = [None if x is None else _packed(x) for x in (q, q_score, k, v, k_score)]
+    scale = scale_of(q, softmax_scale)
+    if is_eager(*inputs, cache.pages, flags, cu, kv_length, table):
+        out, lse, chosen = _step(cache, inputs, flags, places, scale)
+    else:
+        packed_q, packed_q_score, packed_k, packed_v, packed_k_score = inputs
+        if packed_k is not None:
+            torch.ops.infllm.cache_append_(cache.pages, packed_k, packed_v, packed_k_score,
+                                           *places, cache.numbers, cache.backend)
+        out, lse, chosen = torch.ops.infllm.cache_attention(
+            packed_q, packed_q_score, cache.pages, flags, *places, cache.heads_kv, scale,
+            cache.numbers, cache.backend)
     results = [out.view(q.shape)]
     if return_softmax_lse:
         results.append(lse)
@@ -153,29 +150,32 @@ def _packed(x: Tensor) -> Tensor:
     return x.detach().flatten(0, 1) if x.dim() == 4 else x.detach()
 
 
-def _new_tokens(q: Tensor, cu_seqlens: Tensor | None) -> Tensor | int:
-    return q.shape[1] if cu_seqlens is None else cu_seqlens.diff()
-
-
 def _places(cache: KVCache, x: Tensor, held: Tensor, page_table: Tensor,
             cu_seqlens: Tensor | None, max_seqlen: int | None, max_seqlen_k: int | None,
-            ) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Where the new tokens go: starts, lengths afterwards, pages, the longest of both."""
+            appends: bool = True) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Where the new tokens go: starts, lengths afterwards, pages, the longest of both. Without
+    appending, ``held`` is the lengths afterwards."""
     if held.dtype is not torch.int32 or held.dim() != 1:
         raise ValueError(f"cache_seqlens: {held.dtype} {list(held.shape)}, expected int32 [B]")
     if page_table.dim() != 2 or page_table.dtype is not torch.int32:
         raise ValueError(f"page_table: {page_table.dtype} {list(page_table.shape)}, expected int32 "
                          "[B, pages]")
+    new: int | Tensor
     if cu_seqlens is None:
         if x.dim() != 4 or x.shape[0] != held.shape[0]:
             raise ValueError(f"q, k and v: {list(x.shape)} without cu_seqlens_q, expected "
                              f"[{held.shape[0]}, Sq, H, D]")
-        max_seqlen = x.shape[1]
-        cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * max_seqlen
+        new = max_seqlen = x.shape[1]
+        if is_eager(x):
+            cu_seqlens = starts(x.shape[0], new, x.device)
+        else:
+            cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * new
     elif max_seqlen is None:
         raise ValueError("max_seqlen_q: missing, expected the longest of the new tokens")
+    else:
+        new = cu_seqlens.diff()
     room = page_table.shape[1] * cache.block_size
-    return (cu_seqlens, held + cu_seqlens.diff(), page_table, max_seqlen,
+    return (cu_seqlens, held + new if appends else held, page_table, max_seqlen,
             room if max_seqlen_k is None else max_seqlen_k)
 
 
@@ -224,6 +224,45 @@ def _append_nothing(pages: Tensor, k: Tensor, v: Tensor, k_score: Tensor | None,
     _check_places(k, cu_seqlens_q, kv_length, page_table, None, max_seqlen_q, max_seqlen_k, config)
 
 
+def _step(cache: KVCache, inputs: Sequence[Tensor | None], flags: Tensor | None,
+          places: tuple[Tensor, Tensor, Tensor, int, int], scale: float,
+          ) -> tuple[Tensor, Tensor, Tensor]:
+    """Appends and attends in one go; inputs are q, q_score, k, v and k_score, packed."""
+    q, q_score, k, v, k_score = inputs
+    chosen = _check_step(q, q_score, flags, *places, cache.heads_kv, cache.numbers)
+    if k is not None:
+        check_qkv(k, k, v)
+        check_like("k_score", k_score, k, "k")
+    return _run(q, q_score, k, v, k_score, cache.pages, flags, places, cache.heads_kv, scale,
+                cache.numbers, cache.backend, chosen)
+
+
+def _run(q: Tensor, q_score: Tensor | None, k: Tensor | None, v: Tensor | None,
+         k_score: Tensor | None, pages: Tensor, flags: Tensor | None,
+         places: tuple[Tensor, Tensor, Tensor, int, int], heads_kv: int, scale: float,
+         config: Sequence[int], backend: str, chosen: tuple[int, int, int],
+         ) -> tuple[Tensor, Tensor, Tensor]:
+    cu_seqlens_q, kv_length, page_table, longest_q, longest_k = places
+    column = column_of(q, backend)
+    _, native_config = config_of(tuple(config))
+    arrays = Arrays(column, cu_seqlens_q, cu_seqlens_q, kv_length, page_table, flags)
+    queries, keys, values = (None if x is None else column.numbers(x) for x in (q, k, v))
+    scored, scored_keys = (None if x is None else column.numbers(x) for x in (q_score, k_score))
+    out = column.empty(q.shape, column.activation)
+    lse = column.empty((q.shape[1], q.shape[0]), column.accumulate)
+    selection = torch.full(chosen, -1, dtype=torch.int32, device=column.device) \
+        if chosen[2] else column.empty(chosen, torch.int32)
+    batch = arrays.batch(q.shape[0], longest_q, longest_k)
+    new = batch if k is None else arrays.batch(q.shape[0], longest_q, longest_k, dense=True)
+    run(column, _native.Forward(
+        _native_pages(column, pages, heads_kv, q.shape[2], config), new, batch,
+        native_config if flags is not None else None, q.shape[1], scale, address(keys),
+        address(values), address(scored_keys), address(queries), address(scored), address(out),
+        address(lse), address(selection) if chosen[2] else 0, chosen[2]))
+    return (out if out.dtype is q.dtype else out.to(q.device, q.dtype),
+            lse.to(q.device, lse_type(q)), selection.to(q.device))
+
+
 def _cache_append(pages: Tensor, k: Tensor, v: Tensor, k_score: Tensor | None,
                   cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor, max_seqlen_q: int,
                   max_seqlen_k: int, config: Sequence[int], backend: str) -> None:
@@ -242,43 +281,38 @@ def _cache_append(pages: Tensor, k: Tensor, v: Tensor, k_score: Tensor | None,
 implement("cache_append_", _cache_append, _append_nothing)
 
 
-def _cache_shapes(q: Tensor, q_score: Tensor | None, pages: Tensor, sparse: Tensor | None,
-                  cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor, max_seqlen_q: int,
-                  max_seqlen_k: int, heads_kv: int, scale: float, config: Sequence[int],
-                  backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _check_step(q: Tensor, q_score: Tensor | None, sparse: Tensor | None, cu_seqlens_q: Tensor,
+                kv_length: Tensor, page_table: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+                heads_kv: int, config: Sequence[int]) -> tuple[int, int, int]:
+    """The selection's shape."""
     if q.dim() != 3:
         raise ValueError(f"q: {list(q.shape)}, expected [T, Hq, D]")
     numbers = _check_places(q, cu_seqlens_q, kv_length, page_table, sparse, max_seqlen_q,
                             max_seqlen_k, config)
     if sparse is not None:
         check_scores(q_score, q_score, q, q, numbers)
-    columns = columns_of(numbers, sparse, max_seqlen_k)
+    return heads_kv, q.shape[0], columns_of(numbers, sparse, max_seqlen_k)
+
+
+def _cache_shapes(q: Tensor, q_score: Tensor | None, pages: Tensor, sparse: Tensor | None,
+                  cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor, max_seqlen_q: int,
+                  max_seqlen_k: int, heads_kv: int, scale: float, config: Sequence[int],
+                  backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _check_step(q, q_score, sparse, cu_seqlens_q, kv_length, page_table, max_seqlen_q,
+                         max_seqlen_k, heads_kv, config)
     return (torch.empty(q.shape, dtype=q.dtype, device=q.device),
             torch.empty((q.shape[1], q.shape[0]), dtype=lse_type(q), device=q.device),
-            torch.empty((heads_kv, q.shape[0], columns), dtype=torch.int32, device=q.device))
+            torch.empty(chosen, dtype=torch.int32, device=q.device))
 
 
 def _cache_attention(q: Tensor, q_score: Tensor | None, pages: Tensor, sparse: Tensor | None,
                      cu_seqlens_q: Tensor, kv_length: Tensor, page_table: Tensor,
                      max_seqlen_q: int, max_seqlen_k: int, heads_kv: int, scale: float,
                      config: Sequence[int], backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, chosen = _cache_shapes(q, q_score, pages, sparse, cu_seqlens_q, kv_length, page_table,
-                                 max_seqlen_q, max_seqlen_k, heads_kv, scale, config, backend)
-    column = column_of(q, backend)
-    _, native_config = config_of(tuple(config))
-    arrays = Arrays(column, cu_seqlens_q, cu_seqlens_q, kv_length, page_table, sparse)
-    queries = column.numbers(q)
-    scored = None if q_score is None else column.numbers(q_score)
-    out = column.empty(q.shape, column.activation)
-    lse = column.empty((q.shape[1], q.shape[0]), column.accumulate)
-    selection = torch.full(chosen.shape, -1, dtype=torch.int32, device=column.device)
-    batch = arrays.batch(q.shape[0], max_seqlen_q, max_seqlen_k)
-    run(column, _native.Forward(
-        _native_pages(column, pages, heads_kv, q.shape[2], config), batch, batch,
-        native_config if sparse is not None else None, q.shape[1], scale, q=address(queries),
-        q_score=address(scored), o=address(out), lse=address(lse),
-        selection=address(selection) if chosen.shape[2] else 0, columns=chosen.shape[2]))
-    return out.to(q.device, q.dtype), lse.to(q.device, lse_type(q)), selection.to(q.device)
+    places = (cu_seqlens_q, kv_length, page_table, max_seqlen_q, max_seqlen_k)
+    chosen = _check_step(q, q_score, sparse, *places, heads_kv, config)
+    return _run(q, q_score, None, None, None, pages, sparse, places, heads_kv, scale, config,
+                backend, chosen)
 
 
 implement("cache_attention", _cache_attention, _cache_shapes)

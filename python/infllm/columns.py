@@ -37,11 +37,20 @@ class Column:
 
     def numbers(self, x: Tensor) -> Tensor:
         """x in the column's type, contiguous and aligned; x itself where it is that already."""
-        x = x.detach().to(device=self.device, dtype=self.activation).contiguous()
-        return x.clone() if x.data_ptr() % _ALIGNMENT else x
+        if x.dtype is not self.activation or x.device != self.device or not x.is_contiguous():
+            x = x.detach().to(device=self.device, dtype=self.activation).contiguous()
+        return x.detach().clone() if x.data_ptr() % _ALIGNMENT else x
+
+    def sums(self, x: Tensor) -> Tensor:
+        """x in the type that the column sums up in."""
+        if x.dtype is self.accumulate and x.device == self.device and x.is_contiguous():
+            return x
+        return x.to(device=self.device, dtype=self.accumulate).contiguous()
 
     def place(self, x: Tensor) -> Tensor:
         """An integer array where the column reads it."""
+        if x.device == self.device and x.is_contiguous():
+            return x
         return x.to(self.device).contiguous()
 
     def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:

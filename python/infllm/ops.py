@@ -9,25 +9,15 @@ fields of ``infllm.Plan``.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from infllm import _native
-from infllm.checks import (
-    check_batch,
-    check_like,
-    check_qkv,
-    check_scores,
-    check_selected_blocks,
-    check_selection,
-)
-from infllm.columns import Column, column_of
+from infllm.call import Call, columns_of, config_of, lse_type
+from infllm.checks import check_batch, check_qkv, check_scores, check_selection
 from infllm.config import SparseConfig
-from infllm.plan import page_count
 
 BATCH = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
           "Tensor? sparse, int max_seqlen_q, int max_seqlen_k")
@@ -47,76 +37,6 @@ def implement(name: str, kernel: Any, fake: Any) -> None:
     for device in ("CPU", "CUDA"):
         library.impl(name, kernel, device)
     torch.library.register_fake(f"infllm::{name}", fake, lib=library)
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-@functools.cache
-def config_of(numbers: tuple[int, ...]) -> tuple[SparseConfig, Any]:
-    """The config in Python and for the native side, which refuses numbers that do not fit."""
-    config = SparseConfig.from_numbers(numbers) if numbers else SparseConfig()
-    return config, _native.SparseConfig(config.numbers())
-
-
-@functools.cache
-def layout_of(column: Column, heads_kv: int, head_dim: int, pooled: bool,
-              numbers: tuple[int, ...]) -> tuple[Any, int]:
-    """A cache layout and the bytes of its pages."""
-    layout = _native.KvLayout(column.cache, heads_kv, head_dim, pooled, config_of(numbers)[1])
-    return layout, layout.page_bytes(column.native)
-
-
-def lse_type(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
-
-
-class Arrays:
-    """A batch's arrays on its column. Keeps them alive while the native side holds addresses."""
-
-    def __init__(self, column: Column, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-                 kv_length: Tensor, page_table: Tensor, sparse: Tensor | None) -> None:
-        self.cu_seqlens_q = column.place(cu_seqlens_q)
-        self.cu_seqlens_k = column.place(cu_seqlens_k)
-        self.kv_length = column.place(kv_length)
-        self.page_table = column.place(page_table)
-        self.sparse = None if sparse is None else column.place(sparse)
-
-    def batch(self, tokens: int, max_seqlen_q: int, max_seqlen_k: int) -> Any:
-        """The plan of a step over q."""
-        return _native.Batch(self.kv_length.shape[0], tokens, self.cu_seqlens_q.data_ptr(),
-                             self.kv_length.data_ptr(), self.page_table.data_ptr(),
-                             self.page_table.shape[1], address(self.sparse),
-                             min(max_seqlen_q, tokens), max_seqlen_k)
-
-    def keys(self, tokens: int, max_seqlen_k: int) -> Any:
-        """The plan of a step that appends all of k and v."""
-        return _native.Batch(self.kv_length.shape[0], tokens, self.cu_seqlens_k.data_ptr(),
-                             self.kv_length.data_ptr(), self.page_table.data_ptr(),
-                             self.page_table.shape[1], 0, min(max_seqlen_k, tokens), max_seqlen_k)
-
-
-class Pages:
-    """Memory for the pages of packed keys."""
-
-    def __init__(self, column: Column, k: Tensor, sequences: int, pooled: bool,
-                 numbers: tuple[int, ...]) -> None:
-        layout, page_bytes = layout_of(column, k.shape[1], k.shape[2], pooled, numbers)
-        count = page_count(k.shape[0], sequences, config_of(numbers)[0])
-        self.memory = column.bytes(count * page_bytes)
-        self.native = _native.KvPages(self.memory.data_ptr(), layout, page_bytes, count)
-
-
-def run(column: Column, work: Any) -> None:
-    """Starts a Forward or Backward on the caller's stream, with a workspace of PyTorch's."""
-    needed = work.workspace_bytes(column.native)
-    workspace = column.bytes(needed)
-    work.run(column.native, column.stream(), workspace.data_ptr(), needed)
-
-
-def columns_of(config: SparseConfig, sparse: Tensor | None, max_seqlen_k: int) -> int:
-    return 0 if sparse is None else config.columns(max_seqlen_k)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, batch: Sequence[Any],
@@ -156,59 +76,12 @@ def _attention(
     config: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = (cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse, max_seqlen_q, max_seqlen_k)
-    numbers = _check(q, k, v, batch, config)
+    call = Call(q, k, v, batch, config, backend, chooses=selection is None)
     if selection is None:
-        check_scores(q_score, k_score, q, k, numbers if config else None)
+        check_scores(q_score, k_score, q, k, call.config if config else None)
     else:
         check_selection(selection, q, k.shape[1])
-    work = _Forward(q, k, v, q_score, k_score, selection, batch, scale, tuple(config), backend,
-                    attends=True)
-    run(work.column, work.native)
-    chosen = work.selection if selection is None else work.selection.new_empty(
-        (k.shape[1], q.shape[0], 0))
-    return (work.out.to(q.device, q.dtype), work.lse.to(q.device, lse_type(q)),
-            chosen.to(q.device))
-
-
-class _Forward:
-    """The arrays and the native description of one forward pass, or of its choice alone."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None,
-                 k_score: Tensor | None, selection: Tensor | None, batch: tuple[Any, ...],
-                 scale: float, config: tuple[int, ...], backend: str, attends: bool,
-                 out: Tensor | None = None, lse: Tensor | None = None) -> None:
-        *arrays, max_seqlen_q, max_seqlen_k = batch
-        tokens, heads_q, _ = q.shape
-        numbers, native_config = config_of(config)
-        column = self.column = column_of(q, backend)
-        self.arrays = Arrays(column, *arrays)
-        chooses = selection is None and self.arrays.sparse is not None
-        nope = chooses and numbers.use_nope
-        self.inputs = [column.numbers(x) if x is not None else None
-                       for x in (q, k, v, q_score if nope else None, k_score if nope else None)]
-        if selection is not None:
-            self.selection = column.place(selection)
-            if not column.is_cuda:
-                check_selected_blocks(self.selection, numbers.blocks_in(max_seqlen_k))
-        else:
-            columns = columns_of(numbers, self.arrays.sparse, max_seqlen_k)
-            self.selection = torch.full((k.shape[1], tokens, columns), -1, dtype=torch.int32,
-                                        device=column.device)
-        self.out = out
-        self.lse = lse
-        if attends and out is None:
-            self.out = column.empty(q.shape, column.activation)
-            self.lse = column.empty((heads_q, tokens), column.accumulate)
-        self.pages = Pages(column, k, self.arrays.kv_length.shape[0], chooses, config)
-        columns = self.selection.shape[2]
-        self.native = _native.Forward(
-            self.pages.native, self.arrays.keys(k.shape[0], max_seqlen_k),
-            self.arrays.batch(tokens, max_seqlen_q, max_seqlen_k),
-            native_config if chooses else None, heads_q, scale,
-            k=address(self.inputs[1]), v=address(self.inputs[2]), k_score=address(self.inputs[4]),
-            q=address(self.inputs[0]), q_score=address(self.inputs[3]), o=address(self.out),
-            lse=address(self.lse), selection=address(self.selection) if columns else 0,
-            columns=columns)
+    return call.forward(q, k, v, q_score, k_score, selection, scale)
 
 
 implement("attention", _attention, _attention_shapes)
@@ -229,30 +102,12 @@ def _attention_backward(
     kv_length: Tensor, page_table: Tensor, sparse: Tensor | None, max_seqlen_q: int,
     max_seqlen_k: int, scale: float, config: Sequence[int], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch = (cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse, max_seqlen_q, max_seqlen_k)
-    _check(q, k, v, batch, config)
-    check_like("out", out, q, "q")
-    check_like("grad_out", grad_out, q, "q")
-    check_like("grad_lse", grad_lse, lse, "lse")
-    check_selection(selection, q, k.shape[1])
-    column = column_of(q, backend)
     if selection is None:
-        batch = (*batch[:4], None, *batch[5:])
-    if grad_out is None:
-        grad_out = torch.zeros_like(q)
-    grad_out = column.numbers(grad_out)
-    grad_lse = None if grad_lse is None else _sums(column, grad_lse)
-    work = _Forward(q, k, v, None, None, selection, batch, scale, tuple(config), backend,
-                    attends=True, out=column.numbers(out), lse=_sums(column, lse))
-    grads = [column.empty(x.shape, column.activation) for x in (q, k, v)]
-    run(column, _native.Backward(work.native, address(grad_out), address(grad_lse),
-                                 *map(address, grads)))
-    grad_q, grad_k, grad_v = (grad.to(q.device, q.dtype) for grad in grads)
-    return grad_q, grad_k, grad_v
-
-
-def _sums(column: Column, x: Tensor) -> Tensor:
-    return x.to(device=column.device, dtype=column.accumulate).contiguous()
+        sparse = None
+    check_selection(selection, q, k.shape[1])
+    batch = (cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse, max_seqlen_q, max_seqlen_k)
+    call = Call(q, k, v, batch, config, backend, chooses=False)
+    return call.backward(grad_out, grad_lse, q, k, v, out, lse, selection, scale)
 
 
 implement("attention_backward", _attention_backward, _backward_shapes)
@@ -307,14 +162,12 @@ def _choose(
     max_seqlen_q: int, max_seqlen_k: int, scale: float, config: Sequence[int], backend: str,
 ) -> Tensor:
     batch = (cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse, max_seqlen_q, max_seqlen_k)
-    numbers = _check(q, k, k, batch, config)
-    check_scores(q_score, k_score, q, k, numbers)
+    call = Call(q, k, k, batch, config, backend, chooses=True)
+    check_scores(q_score, k_score, q, k, call.config)
+    if not call.chooses:
+        return call.result(call.blocks_for(None), torch.int32)
     # Pages have room for values; the keys stand in for them.
-    work = _Forward(q, k, k, q_score, k_score, None, batch, scale, tuple(config), backend,
-                    attends=False)
-    if sparse is not None:
-        run(work.column, work.native)
-    return work.selection.to(q.device)
+    return call.forward(q, k, k, q_score, k_score, None, scale, attends=False)[2]
 
 
 implement("choose", _choose, _choose_shapes)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ class Plan:
     sparse: Tensor | None  # bool [B]; None: no sequence can be sparse
     max_seqlen_q: int
     max_seqlen_k: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what ``infllm.eager`` keeps here: that belongs to the process."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def batch_of(plan: Plan) -> tuple[Any, ...]:
+    """The fields as the operators take them."""
+    return (plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length, plan.page_table, plan.sparse,
+            plan.max_seqlen_q, plan.max_seqlen_k)
 
 
 def make_plan(

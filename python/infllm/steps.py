@@ -14,21 +14,11 @@ from torch import Tensor
 
 from infllm import _native
 from infllm.attention import attention, pack, plan_of, scale_of
+from infllm.call import Arrays, Pages, address, columns_of, config_of, lse_type
 from infllm.checks import check_batch, check_qkv
 from infllm.columns import column_of
 from infllm.config import SparseConfig
-from infllm.ops import (
-    BATCH,
-    OPTIONS,
-    Arrays,
-    Pages,
-    address,
-    columns_of,
-    config_of,
-    implement,
-    library,
-    lse_type,
-)
+from infllm.ops import BATCH, OPTIONS, implement, library
 from infllm.plan import Plan, make_plan
 
 library.define("compress(Tensor k, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of the native side: checks, types, memory, and what a plan's calls have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infllm import _native
+from infllm.checks import check_batch, check_like, check_qkv, check_selected_blocks
+from infllm.columns import Column, column_of
+from infllm.config import SparseConfig
+from infllm.plan import page_count
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+@functools.cache
+def config_of(numbers: tuple[int, ...]) -> tuple[SparseConfig, Any]:
+    """The config in Python and for the native side, which refuses numbers that do not fit."""
+    config = SparseConfig.from_numbers(numbers) if numbers else SparseConfig()
+    return config, _native.SparseConfig(config.numbers())
+
+
+@functools.cache
+def layout_of(column: Column, heads_kv: int, head_dim: int, pooled: bool,
+              numbers: tuple[int, ...]) -> tuple[Any, int]:
+    """A cache layout and the bytes of its pages."""
+    layout = _native.KvLayout(column.cache, heads_kv, head_dim, pooled, config_of(numbers)[1])
+    return layout, layout.page_bytes(column.native)
+
+
+def lse_type(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def columns_of(config: SparseConfig, sparse: Tensor | None, max_seqlen_k: int) -> int:
+    return 0 if sparse is None else config.columns(max_seqlen_k)
+
+
+class Arrays:
+    """A batch's arrays on its column. Keeps them alive while the native side holds addresses."""
+
+    def __init__(self, column: Column, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+                 kv_length: Tensor, page_table: Tensor, sparse: Tensor | None) -> None:
+        self.cu_seqlens_q = column.place(cu_seqlens_q)
+        self.cu_seqlens_k = column.place(cu_seqlens_k)
+        self.kv_length = column.place(kv_length)
+        self.page_table = column.place(page_table)
+        self.sparse = None if sparse is None else column.place(sparse)
+
+    def batch(self, tokens: int, max_seqlen_q: int, max_seqlen_k: int, *,
+              dense: bool = False) -> Any:
+        """The plan of a step over q. dense: whatever the flags say."""
+        return _native.Batch(self.kv_length.shape[0], tokens, self.cu_seqlens_q.data_ptr(),
+                             self.kv_length.data_ptr(), self.page_table.data_ptr(),
+                             self.page_table.shape[1], 0 if dense else address(self.sparse),
+                             min(max_seqlen_q, tokens), max_seqlen_k)
+
+    def keys(self, tokens: int, max_seqlen_k: int) -> Any:
+        """The plan of a step that appends all of k and v."""
+        return _native.Batch(self.kv_length.shape[0], tokens, self.cu_seqlens_k.data_ptr(),
+                             self.kv_length.data_ptr(), self.page_table.data_ptr(),
+                             self.page_table.shape[1], 0, min(max_seqlen_k, tokens), max_seqlen_k)
+
+
+class Pages:
+    """Memory for the pages of packed keys."""
+
+    def __init__(self, column: Column, k: Tensor, sequences: int, pooled: bool,
+                 numbers: tuple[int, ...]) -> None:
+        layout, page_bytes = layout_of(column, k.shape[1], k.shape[2], pooled, numbers)
+        count = page_count(k.shape[0], sequences, config_of(numbers)[0])
+        self.memory = column.bytes(count * page_bytes)
+        self.native = _native.KvPages(self.memory.data_ptr(), layout, page_bytes, count)
+
+
+def run(column: Column, work: Any) -> None:
+    """Starts a Forward or Backward on the caller's stream, with a workspace of PyTorch's."""
+    needed = work.workspace_bytes(column.native)
+    workspace = column.bytes(needed)
+    work.run(column.native, column.stream(), workspace.data_ptr(), needed)
+
+
+class Call:
+    """Attention over one plan with tensors of one shape and type: checked once, then reused.
+
+    Args:
+        q, k, v: packed; only what they look like matters.
+        batch: the fields of an ``infllm.Plan``.
+        config: ``SparseConfig.numbers()``, or empty.
+        chooses: whether blocks are chosen here, rather than given or not needed.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, batch: Sequence[Any],
+                 config: Sequence[int], backend: str, *, chooses: bool) -> None:
+        *arrays, max_seqlen_q, max_seqlen_k = batch
+        numbers = tuple(config)
+        self.config, native_config = config_of(numbers)
+        check_qkv(q, k, v)
+        check_batch(q, *batch, self.config)
+        column = self.column = column_of(q, backend)
+        self.arrays = Arrays(column, *arrays)
+        self.chooses = chooses and self.arrays.sparse is not None
+        self.native_config = native_config if self.chooses else None
+        self.columns = columns_of(self.config, self.arrays.sparse, max_seqlen_k) if chooses else 0
+        self.blocks = self.config.blocks_in(max_seqlen_k)
+        self.layout, self.page_bytes = layout_of(column, k.shape[1], k.shape[2], self.chooses,
+                                                 numbers)
+        self.pages = page_count(k.shape[0], self.arrays.kv_length.shape[0], self.config)
+        self.keys = self.arrays.keys(k.shape[0], max_seqlen_k)
+        self.batch = self.arrays.batch(q.shape[0], max_seqlen_q, max_seqlen_k)
+        self.heads_q = q.shape[1]
+        self.rows = (k.shape[1], q.shape[0])
+        self.lse_shape = (q.shape[1], q.shape[0])
+        self.device, self.dtype, self.lse_dtype = q.device, q.dtype, lse_type(q)
+        self.workspace: dict[str, int] = {}
+
+    def blocks_for(self, selection: Tensor | None) -> Tensor:
+        """Where the selection is, or will be; rows that nobody writes are -1."""
+        column = self.column
+        if selection is None:
+            shape = (*self.rows, self.columns)
+            return torch.full(shape, -1, dtype=torch.int32, device=column.device) \
+                if self.columns else column.empty(shape, torch.int32)
+        selection = column.place(selection)
+        if not column.is_cuda:
+            check_selected_blocks(selection, self.blocks)
+        return selection
+
+    def describe(self, memory: Tensor, inputs: Sequence[Tensor | None], selection: Tensor,
+                 out: Tensor | None, lse: Tensor | None, scale: float) -> Any:
+        """The native description of a forward pass; inputs are q, k, v, q_score and k_score."""
+        q, k, v, q_score, k_score = map(address, inputs)
+        pages = _native.KvPages(memory.data_ptr(), self.layout, self.page_bytes, self.pages)
+        columns = selection.shape[2]
+        return _native.Forward(
+            pages, self.keys, self.batch, self.native_config, self.heads_q, scale, k, v, k_score,
+            q, q_score, address(out), address(lse), selection.data_ptr() if columns else 0,
+            columns)
+
+    def run(self, name: str, work: Any) -> None:
+        """Starts a Forward or Backward. A host looks into the arrays each time, a device once."""
+        column = self.column
+        needed = self.workspace.get(name) if column.is_cuda else None
+        if needed is None:
+            needed = self.workspace[name] = work.workspace_bytes(column.native)
+        workspace = column.bytes(needed)
+        work.run(column.native, column.stream(), workspace.data_ptr(), needed)
+
+    def result(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A result where the caller's tensors are."""
+        return x if x.dtype is dtype and x.device == self.device else x.to(self.device, dtype)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None,
+                k_score: Tensor | None, selection: Tensor | None, scale: float, *,
+                attends: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Output, log-sum-exp and the blocks that were chosen ([Hkv, T, 0] where none were)."""
+        column = self.column
+        nope = self.chooses and self.config.use_nope
+        inputs = [column.numbers(q), column.numbers(k), column.numbers(v),
+                  column.numbers(q_score) if nope else None,
+                  column.numbers(k_score) if nope else None]
+        blocks = self.blocks_for(selection)
+        memory = column.bytes(self.pages * self.page_bytes)
+        out = lse = None
+        if attends:
+            out = column.empty(q.shape, column.activation)
+            lse = column.empty(self.lse_shape, column.accumulate)
+        self.run("attention" if attends else "choose",
+                 self.describe(memory, inputs, blocks, out, lse, scale))
+        chosen = blocks if selection is None else column.empty((*self.rows, 0), torch.int32)
+        chosen = self.result(chosen, torch.int32)
+        if out is None or lse is None:
+            return None, None, chosen
+        return self.result(out, self.dtype), self.result(lse, self.lse_dtype), chosen
+
+    def backward(self, grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor,
+                 v: Tensor, out: Tensor, lse: Tensor, selection: Tensor | None, scale: float,
+                 ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        column = self.column
+        check_like("out", out, q, "q")
+        check_like("grad_out", grad_out, q, "q")
+        check_like("grad_lse", grad_lse, lse, "lse")
+        grad_out = column.numbers(torch.zeros_like(q) if grad_out is None else grad_out)
+        grad_lse = None if grad_lse is None else column.sums(grad_lse)
+        inputs = [column.numbers(q), column.numbers(k), column.numbers(v), None, None]
+        out, lse = column.numbers(out), column.sums(lse)
+        blocks = self.blocks_for(selection)
+        memory = column.bytes(self.pages * self.page_bytes)
+        grads = [column.empty(x.shape, column.activation) for x in (q, k, v)]
+        work = self.describe(memory, inputs, blocks, out, lse, scale)
+        self.run("backward", _native.Backward(work, grad_out.data_ptr(), address(grad_lse),
+                                              *map(address, grads)))
+        grad_q, grad_k, grad_v = (self.result(grad, self.dtype) for grad in grads)
+        return grad_q, grad_k, grad_v
