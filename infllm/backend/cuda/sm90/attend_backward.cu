@@ -13,6 +13,10 @@ std::int64_t rows_of(const AttendBackwardParams& params) {
   return std::int64_t{params.forward.batch.num_tokens} * params.forward.heads_q;
 }
 
+bool is_sparse(const AttendParams& forward) {
+  return forward.selection != nullptr && forward.batch.any_sparse;
+}
+
 }  // namespace
 
 bool attends_backward(const AttendBackwardParams& params) {
@@ -21,8 +25,7 @@ bool attends_backward(const AttendBackwardParams& params) {
   if (layout.kv_heads < 1 || forward.heads_q % layout.kv_heads != 0) return false;
   if (forward.batch.num_tokens == 0) return false;  // a tensor map cannot be empty
   const auto group = static_cast<unsigned>(forward.heads_q / layout.kv_heads);
-  const bool sparse = forward.selection != nullptr && forward.batch.any_sparse;
-  const bool fits = sparse ? group >= 4 && group <= 32 : group >= 2 && group <= 64;
+  const bool fits = is_sparse(forward) ? group >= 4 && group <= 32 : group >= 2 && group <= 64;
   return std::has_single_bit(group) && fits && (layout.head_dim == 64 || layout.head_dim == 128) &&
          layout.config.block_size == kPageTokens &&
          (layout.dtype == DType::kBF16 || layout.dtype == DType::kF16);
@@ -35,17 +38,18 @@ Status attend_backward(const Backend& backend, const AttendBackwardParams& param
   const std::int64_t rows = rows_of(params);
   auto* stats = arena.take<RowStatistics>(rows);
   const std::span<std::byte> rest = arena.rest();
-  if (rows > 0) {
-    INFLLM_TRY(backward::take_statistics(backend, params, stats));
-    INFLLM_TRY(query_gradient(backend, params, stats, rest));
-  }
+  if (rows > 0) INFLLM_TRY(backward::take_statistics(backend, params, stats));
+  if (!is_sparse(params.forward)) return dense_gradient(backend, params, stats, rest);
+  if (rows > 0) INFLLM_TRY(query_gradient(backend, params, stats, rest));
   return key_gradient(backend, params, stats, rest);
 }
 
-std::size_t attend_backward_bytes(const Backend& backend, const AttendBackwardParams& params) {
+std::size_t attend_backward_bytes(const Backend&, const AttendBackwardParams& params) {
   ArenaSize size;
   size.take<RowStatistics>(rows_of(params));
-  size.add(std::max(query_gradient_bytes(params), key_gradient_bytes(backend, params)));
+  size.add(is_sparse(params.forward)
+               ? std::max(query_gradient_bytes(params), key_gradient_bytes(params))
+               : dense_gradient_bytes(params));
   return size.bytes();
 }
 

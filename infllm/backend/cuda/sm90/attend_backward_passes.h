@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The two passes of Hopper's attend_backward. Each owns what it writes, and takes its own
-// workspace.
+// The passes of Hopper's attend_backward: two for sparse batches, each of which owns what it
+// writes, or one for dense ones. Each takes its own workspace.
 #pragma once
 
 #include "infllm/backend/cuda/backward/passes.h"
@@ -18,6 +18,11 @@ std::size_t query_gradient_bytes(const AttendBackwardParams& params);
 // dK and dV, block-major.
 Status key_gradient(const Backend& backend, const AttendBackwardParams& params,
                     const RowStatistics* stats, std::span<std::byte> workspace);
-std::size_t key_gradient_bytes(const Backend& backend, const AttendBackwardParams& params);
+std::size_t key_gradient_bytes(const AttendBackwardParams& params);
+
+// All three, of a batch without sparse sequences.
+Status dense_gradient(const Backend& backend, const AttendBackwardParams& params,
+                      const RowStatistics* stats, std::span<std::byte> workspace);
+std::size_t dense_gradient_bytes(const AttendBackwardParams& params);
 
 }  // namespace infllm::cuda::sm90

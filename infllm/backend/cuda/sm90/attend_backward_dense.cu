@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <bit>
+
+#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/sm90/attend_backward_dense.cuh"
+#include "infllm/backend/cuda/sm90/attend_launch.cuh"
+
+namespace infllm::cuda::sm90 {
+namespace {
+
+// A chunk's Q, dO and sums of dQ, of one KV head, should stay in L2: 64 KB a tile for D = 128.
+constexpr int kChunkTiles = 256;
+// The sums of dQ are the workspace. Longer batches are cut into several launches.
+constexpr std::int64_t kQuerySumBytes = std::int64_t{1} << 30;
+
+// How a call is cut.
+struct DensePlan {
+  explicit DensePlan(const AttendParams& p)
+      : heads(p.pages.layout.kv_heads),
+        group(p.heads_q / heads),
+        sum_floats(std::int64_t{kPageTokens} * p.pages.layout.head_dim),
+        sequences(p.batch.num_sequences),
+        pairs(ceil_div(p.batch.max_kv_length, 2 * kPageTokens)),
+        chunks(ceil_div(p.batch.max_query_length, kChunkTiles * (64 / group))),
+        blocks(sequences * heads * pairs * 2) {
+    const std::int64_t all = p.batch.num_tokens / (64 / group) + sequences;
+    const std::int64_t most =
+        std::max<std::int64_t>(1, kQuerySumBytes / (heads * sum_floats * std::int64_t{4}));
+    chunks_at_once = chunks;
+    slots = all;
+    if (all > most) {
+      chunks_at_once = std::clamp<std::int64_t>(most / (sequences * kChunkTiles), 1, chunks);
+      slot_stride = chunks_at_once * kChunkTiles;
+      slots = sequences * slot_stride;
+      if (slots >= all) chunks_at_once = chunks, slot_stride = 0, slots = all;
+    }
+    launches = chunks == 0 ? 0 : ceil_div(chunks, chunks_at_once);
+  }
+
+  template <class Taker>
+  void take(Taker&& taker, DenseArgs& a) const {
+    taker(a.keys.sums, blocks * 2 * sum_floats);
+    taker(a.query_sums, heads * slots * sum_floats);
+    taker(a.key_turns, blocks);
+    taker(a.query_turns, heads * slots);
+    taker(a.next, std::int64_t{1});
+  }
+
+  std::int64_t heads;
+  std::int64_t group;
+  std::int64_t sum_floats;  // of 64 keys or rows
+  std::int64_t sequences;
+  std::int64_t pairs;   // of blocks
+  std::int64_t chunks;  // of a sequence
+  std::int64_t blocks;  // of 64 keys
+  std::int64_t chunks_at_once = 0;
+  std::int64_t slots = 0;
+  std::int64_t slot_stride = 0;
+  std::int64_t launches = 0;
+};
+
+template <class C>
+Status run(const Device& device, const AttendBackwardParams& p, const DensePlan& plan,
+           DenseArgs args) {
+  const AttendParams& forward = p.forward;
+  const cudaStream_t stream = device.stream;
+  const auto clear = [&](unsigned* words, std::int64_t count) {
+    return to_status("attend_backward",
+                     cudaMemsetAsync(words, 0, count * sizeof(unsigned), stream));
+  };
+  if (plan.launches > 0) {
+    const auto tokens = static_cast<std::uint32_t>(64 / plan.group);
+    const CUtensorMap maps[] = {
+        INFLLM_TRY(rows_map(forward, forward.q, 1, 1)),
+        INFLLM_TRY(rows_map(forward, forward.q, tokens, 1)),
+        INFLLM_TRY(rows_map(forward, p.grad_o, 1, 1)),
+        INFLLM_TRY(rows_map(forward, p.grad_o, tokens, 1)),
+        INFLLM_TRY(plane_map(forward.pages, args.keys.pool.map.key(0), C::kPanels)),
+        INFLLM_TRY(plane_map(forward.pages, args.keys.pool.map.value(0), C::kPanels))};
+    constexpr std::size_t kShared = sizeof(DenseShared<C>) + 1024;
+    static_assert(kShared <= kSharedLimit);
+    constexpr auto kernel = dense_gradient_kernel<C>;
+    INFLLM_TRY(to_status(
+        "attend_backward",
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)));
+    INFLLM_TRY(clear(args.key_turns, plan.blocks));
+    for (std::int64_t i = 0; i < plan.launches; ++i) {
+      args.first_chunk = static_cast<std::int32_t>(i * plan.chunks_at_once);
+      const auto chunks = std::min(plan.chunks_at_once, plan.chunks - args.first_chunk);
+      INFLLM_TRY(clear(args.query_turns, plan.heads * plan.slots));
+      INFLLM_TRY(clear(args.next, 1));
+      const auto items = chunks * plan.sequences * plan.heads * plan.pairs;
+      kernel<<<static_cast<unsigned>(items), C::kThreads, kShared, stream>>>(
+          maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], args);
+      INFLLM_TRY(launched("attend_backward"));
+      const dim3 tiles(static_cast<unsigned>(chunks * kChunkTiles),
+                       static_cast<unsigned>(plan.sequences), static_cast<unsigned>(plan.heads));
+      round_queries_kernel<C><<<tiles, 128, 0, stream>>>(args);
+      INFLLM_TRY(launched("attend_backward"));
+    }
+  }
+  round_keys_kernel<C><<<dim3(static_cast<unsigned>(plan.blocks), 2), 128, 0, stream>>>(args);
+  return launched("attend_backward");
+}
+
+}  // namespace
+
+Status dense_gradient(const Backend& backend, const AttendBackwardParams& params,
+                      const RowStatistics* stats, std::span<std::byte> workspace) {
+  constexpr double kLog2E = 1.4426950408889634;
+  const AttendParams& forward = params.forward;
+  const KvLayout& layout = forward.pages.layout;
+  const DensePlan plan(forward);
+  DenseArgs args{.keys = {.batch = forward.batch,
+                          .pool = PagePool(forward.pages),
+                          .stats = stats,
+                          .grad_k = params.grad_k,
+                          .grad_v = params.grad_v,
+                          .sums = nullptr,
+                          .scale = forward.scale,
+                          .c = static_cast<float>(forward.scale * kLog2E),
+                          .heads = layout.kv_heads,
+                          .group_log2 = std::countr_zero(static_cast<unsigned>(plan.group))},
+                 .query_sums = nullptr,
+                 .query_turns = nullptr,
+                 .key_turns = nullptr,
+                 .next = nullptr,
+                 .grad_q = params.grad_q,
+                 .pairs = static_cast<std::int32_t>(plan.pairs),
+                 .chunk_tiles = kChunkTiles,
+                 .first_chunk = 0,
+                 .slots = static_cast<std::int32_t>(plan.slots),
+                 .slot_stride = static_cast<std::int32_t>(plan.slot_stride)};
+  args.keys.batch.any_sparse = false;
+  Arena arena(workspace);
+  plan.take([&]<typename T>(T*& array, std::int64_t count) { array = arena.take<T>(count); }, args);
+  return with_type(layout.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Device& device = device_of(backend);
+    return layout.head_dim == 128 ? run<KeyConfig<T, 128, false>>(device, params, plan, args)
+                                  : run<KeyConfig<T, 64, false>>(device, params, plan, args);
+  });
+}
+
+std::size_t dense_gradient_bytes(const AttendBackwardParams& params) {
+  ArenaSize size;
+  DenseArgs args{.keys = {.pool = PagePool(params.forward.pages)}};
+  DensePlan(params.forward)
+      .take([&]<typename T>(T*&, std::int64_t count) { size.take<T>(count); }, args);
+  return size.bytes();
+}
+
+}  // namespace infllm::cuda::sm90
