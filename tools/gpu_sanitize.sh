@@ -7,7 +7,8 @@
 #
 #   tools/gpu_sanitize.sh [FOLDER [RESULTS [TOOL ...]]]     build/cuda/tests and no RESULTS
 #
-# Of the common tests, FILTER (below): every step, at the edges of windows, blocks and chunks. The
+# Of the common tests, FILTER (below): every step, at the edges of windows, blocks and chunks; for
+# racecheck, which takes longest, what the programs do not have, and attention as a whole. The
 # recorded graphs are left to tools/gpu_test.sh, as the sanitizer runs their kernels one by one.
 # COMPUTE_SANITIZER names the program; else it is .venv's, where the group "sanitize" of
 # docs/dependencies.md puts it, or the CUDA toolkit's. JOBS, LIMIT, and carrying FOLDER to another
@@ -17,14 +18,19 @@ source "$(dirname "$0")/gpu_pool.sh"
 folder=${1:-$root/build/cuda/tests} results=${2:-/dev/null}
 shift $(($# < 2 ? $# : 2))
 [[ $# -gt 0 ]] || set -- racecheck synccheck initcheck memcheck
-filter='*TransformerTest*cuda_*:*LinearTest*cuda_*:*TopLogits*cuda_*:*RopeAppend*cuda_*:*Edge*cuda_*'
-for name in edges_decode edges_prefill budget_edge group_7 group_16 group_32 chunked taking_turns; do
-  filter+=":*cuda_0_*_$name"
+steps='*TransformerTest*cuda_*:*LinearTest*cuda_*:*TopLogits*cuda_*:*RopeAppend*cuda_*:*Pieces*cuda_*'
+few="$steps:*KvCacheEdge*cuda_*:*AttentionTest*cuda_0_*_edges_decode"
+for name in KvCache Compress Align; do
+  few+=":*${name}Test*cuda_0_*_edges_decode:*${name}Test*cuda_0_*_taking_turns"
 done
-filter=${FILTER:-$filter}
+many="$steps:*Edge*cuda_*"
+for name in edges_decode edges_prefill budget_edge group_7 group_16 group_32 chunked taking_turns; do
+  many+=":*cuda_0_*_$name"
+done
+own=("$root"/.venv/lib/python3*/site-packages/nvidia/cu13/bin/compute-sanitizer)
 export sanitizer
-sanitizer=${COMPUTE_SANITIZER:-$(command -v "$root"/.venv/lib/python3*/site-packages/nvidia/cu13/bin/compute-sanitizer \
-  compute-sanitizer /usr/local/cuda/bin/compute-sanitizer | head -n 1)}
+sanitizer=${COMPUTE_SANITIZER:-$(command -v "${own[@]}" compute-sanitizer \
+  /usr/local/cuda/bin/compute-sanitizer | head -n 1)}
 [[ -n "$sanitizer" ]] || {
   printf 'found no compute-sanitizer; tools/install_deps.sh sanitize installs it\n' >&2
   exit 1
@@ -41,7 +47,10 @@ sanitize() {
   local tool=$1 options=(--report-api-errors no)
   shift
   case $tool in
-    initcheck) export INFLLM_UNPOISONED=1 options=(--check-api-memory-access no) ;;
+    initcheck)
+      export INFLLM_UNPOISONED=1
+      options=(--check-api-memory-access no)
+      ;;
     memcheck) ! "$sanitizer" --help | grep -q check-tensor-ops || options+=(--check-tensor-ops yes) ;;
   esac
   "$sanitizer" --tool "$tool" "${options[@]}" --error-exitcode 99 "$@"
@@ -70,8 +79,12 @@ for tool in "$@"; do
     [[ -f "$program" && -x "$program" ]] || continue
     start "$tool.$(basename "$program")" bash -c 'sanitize "$@"' - "$tool" "$program" tiny
   done
+done
+for tool in "$@"; do
   [[ -x "$folder/gpu_kernels" ]] || continue
-  start_shards "$tool.gpu_kernels" $([[ $tool == racecheck ]] && echo 16 || echo 8) \
-    bash -c 'sanitize "$@"' - "$tool" "$folder/gpu_kernels" --gtest_filter="$filter" --gtest_brief=1
+  filter=$many
+  [[ $tool != racecheck ]] || filter=$few
+  start_shards "$tool.gpu_kernels" 8 bash -c 'sanitize "$@"' - \
+    "$tool" "$folder/gpu_kernels" --gtest_filter="${FILTER:-$filter}" --gtest_brief=1
 done
 finish
