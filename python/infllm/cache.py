@@ -147,7 +147,8 @@ def attend_with_kvcache(
 
 
 def _packed(x: Tensor) -> Tensor:
-    return x.detach().flatten(0, 1) if x.dim() == 4 else x.detach()
+    x = x.detach() if x.requires_grad else x
+    return x.flatten(0, 1) if x.dim() == 4 else x
 
 
 def _places(cache: KVCache, x: Tensor, held: Tensor, page_table: Tensor,
@@ -231,7 +232,10 @@ def _step(cache: KVCache, inputs: Sequence[Tensor | None], flags: Tensor | None,
     q, q_score, k, v, k_score = inputs
     chosen = _check_step(q, q_score, flags, *places, cache.heads_kv, cache.numbers)
     if k is not None:
-        check_qkv(k, k, v)
+        check_qkv(q, k, v)
+        if k.shape[:2] != (q.shape[0], cache.heads_kv):
+            raise ValueError(f"k: {k.shape[0]} tokens with {k.shape[1]} heads, expected "
+                             f"{q.shape[0]} as in q with {cache.heads_kv} as in the cache")
         check_like("k_score", k_score, k, "k")
     return _run(q, q_score, k, v, k_score, cache.pages, flags, places, cache.heads_kv, scale,
                 cache.numbers, cache.backend, chosen)
@@ -259,8 +263,9 @@ def _run(q: Tensor, q_score: Tensor | None, k: Tensor | None, v: Tensor | None,
         native_config if flags is not None else None, q.shape[1], scale, address(keys),
         address(values), address(scored_keys), address(queries), address(scored), address(out),
         address(lse), address(selection) if chosen[2] else 0, chosen[2]))
-    return (out if out.dtype is q.dtype else out.to(q.device, q.dtype),
-            lse.to(q.device, lse_type(q)), selection.to(q.device))
+    if column.device == q.device and column.activation is q.dtype:
+        return out, lse, selection
+    return out.to(q.device, q.dtype), lse.to(q.device, lse_type(q)), selection.to(q.device)
 
 
 def _cache_append(pages: Tensor, k: Tensor, v: Tensor, k_score: Tensor | None,

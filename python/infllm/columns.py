@@ -16,6 +16,17 @@ _TORCH_TYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat
 _ALIGNMENT = 16  # bytes; what the device's copy engine asks of an array
 
 
+# What Inductor's code calls; the public way makes an object of the stream first.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a CUDA device, as a cudaStream_t."""
+    if _raw_stream is None or device.index is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    return _raw_stream(device.index)
+
+
 class Column:
     """An opened backend: where its arrays live, the type they have, and that of its cache."""
 
@@ -33,7 +44,7 @@ class Column:
 
     def stream(self) -> int:
         """The caller's stream as the native side takes it."""
-        return torch.cuda.current_stream(self.device).cuda_stream if self.is_cuda else 0
+        return stream_of(self.device) if self.is_cuda else 0
 
     def numbers(self, x: Tensor) -> Tensor:
         """x in the column's type, contiguous and aligned; x itself where it is that already."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from infllm.call import Call
 from infllm.checks import check_scores, check_selection
+from infllm.columns import stream_of
 from infllm.config import SparseConfig
 from infllm.plan import Plan, batch_of, uniform_plan
 
@@ -46,7 +47,7 @@ def _now(device: torch.device) -> tuple[Any, ...] | None:
         return None, inference
     if torch.cuda.is_current_stream_capturing():
         return None
-    return torch.cuda.current_stream(device).cuda_stream, inference
+    return stream_of(device), inference
 
 
 def uniform(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device,
@@ -77,9 +78,7 @@ def _starts(batch: int, seqlen: int, device: torch.device, _now: Any) -> Tensor:
 def call_of(plan: Plan, q: Tensor, k: Tensor, v: Tensor, config: SparseConfig | None,
             backend: str, *, chooses: bool, dense: bool = False) -> Call:
     """The call for these tensors, kept with the plan. dense: whatever the plan says."""
-    if not isinstance(plan.__dict__.get("calls"), dict):
-        object.__setattr__(plan, "calls", {})
-    calls = plan.__dict__["calls"]
+    calls = plan.__dict__.setdefault("calls", {})
     # A forked process has none of its parent's threads, so its device is another one.
     key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
            id(config), backend, chooses, dense, os.getpid(), torch.get_num_threads())

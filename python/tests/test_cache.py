@@ -86,3 +86,20 @@ def test_a_sequence_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pages: .*expected uint8"):
         cache.pages = cache.pages[:, :100]
         cache.append(k, k, torch.zeros(1, dtype=torch.int32), bad)
+
+
+def test_new_tokens_that_do_not_fit_together() -> None:
+    cache = infllm.KVCache(2, 2, 64, dtype=torch.float32)
+    q, k = torch.randn(1, 3, 4, 64), torch.randn(1, 3, 2, 64)
+    rest = {"cache_seqlens": torch.zeros(1, dtype=torch.int32),
+            "page_table": torch.tensor([[0, 1]], dtype=torch.int32)}
+    with pytest.raises(ValueError, match="k: 2 tokens with 2 heads, expected 3 as in q with 2"):
+        infllm.attend_with_kvcache(q, cache, k[:, :2], k[:, :2], **rest)
+    with pytest.raises(ValueError, match="k: 3 tokens with 1 heads, expected 3 as in q with 2 as"):
+        infllm.attend_with_kvcache(q, cache, k[:, :, :1], k[:, :, :1], **rest)
+    with pytest.raises(ValueError, match="k: torch.float64"):
+        infllm.attend_with_kvcache(q, cache, k.double(), k.double(), **rest)
+    with pytest.raises(ValueError, match=r"v: torch.float32 \[2, 2, 64\]"):
+        infllm.attend_with_kvcache(q, cache, k, k[:, :2], **rest)
+    with pytest.raises(ValueError, match=r"pages: .*expected uint8"):
+        infllm.attend_with_kvcache(q[..., :32], cache, k[..., :32], k[..., :32], **rest)
