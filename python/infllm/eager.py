@@ -81,16 +81,15 @@ def call_of(plan: Plan, q: Tensor, k: Tensor, v: Tensor, config: SparseConfig | 
     calls = plan.__dict__.setdefault("calls", {})
     # A forked process has none of its parent's threads, so its device is another one.
     key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-           id(config), backend, chooses, dense, os.getpid(), torch.get_num_threads())
-    held = calls.get(key)
-    if held is None:
+           config, backend, chooses, dense, os.getpid(), torch.get_num_threads())
+    call = calls.get(key)
+    if call is None:
         batch = batch_of(plan)
         if dense:
             batch = (*batch[:4], None, *batch[5:])
-        call = Call(q, k, v, batch, () if config is None else config.numbers(), backend,
-                    chooses=chooses)
-        calls[key] = held = (call, config)  # config stays alive, so that its id stays its own
-    return held[0]
+        calls[key] = call = Call(q, k, v, batch, () if config is None else config.numbers(),
+                                 backend, chooses=chooses)
+    return call
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None, k_score: Tensor | None,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -115,6 +116,14 @@ def test_a_plan_is_checked_for_every_shape_and_type() -> None:
     plan.cu_seqlens_q[1] = 299
     with pytest.raises(ValueError, match="query_start ends at 299"):
         infllm.attention(q, k, v, plan=plan)
+
+
+def test_equal_calls_keep_one_thing() -> None:
+    q, k, v = CASES[0].numbers(torch.float32)
+    plan = infllm.make_plan(**CASES[0].where(), sparse_config=SMALL)
+    for _ in range(3):
+        infllm.attention(q, k, v, plan=plan, sparse_config=dataclasses.replace(SMALL))
+    assert len(plan.__dict__["calls"]) == 1
 
 
 def test_a_used_plan_can_be_copied() -> None:
