@@ -10,9 +10,10 @@
 #
 #   attention   one layer: prompts of 8K to 128K, all kinds of input, one token of many sequences
 #   backward    gradients of one layer, and forward and backward together
-#   model       the 8B shape with generated weights: reading 128K, writing behind 32K and 128K
+#   model       the 8B shape with generated weights: writing behind 32K and 128K, reading 128K where
+#               neighbours have nothing in common, and much (bench --repeat)
 #   long        one layer at 512K and 1M, beside cuDNN's dense attention, which takes 25 s for both
-#   million     the 8B shape behind a million tokens
+#   million     the 8B shape, writing behind a million tokens
 set -euo pipefail
 [[ $# -ge 2 ]] || { sed -n 's/^# tools/usage: tools/p' "$0" >&2; exit 1; }
 build=$1 results=$2
@@ -64,13 +65,14 @@ if [[ " $parts " == *" backward "* ]]; then
   with_peers
 fi
 if [[ " $parts " == *" model "* ]]; then
-  model -p 0 -n 64 -d 32768,131072 --attention sparse
+  model -p 0 -n 64 -d 32768,131072 --attention sparse --fill
   model -p 131072 -n 0 --no-warmup --no-steps
+  model -p 131072 -n 0 --no-warmup --no-steps --repeat 16
 fi
 if [[ " $parts " == *" long "* ]]; then
   attention --tokens 524288,1048576 --input correlated-0.8 --dense-limit 0
   with_peers
 fi
 if [[ " $parts " == *" million "* ]]; then
-  model -p 0 -n 64 -d 1000000 --attention sparse --no-steps
+  model -p 0 -n 64 -d 1000000 --attention sparse --no-steps --fill
 fi
