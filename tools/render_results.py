@@ -313,7 +313,8 @@ def rendered(root):
     readme = (root / "README.md").read_text(encoding="utf-8")
     files = {root / "docs" / name: svg for name, (_, svg) in charts(measurements).items()}
     files[root / "docs/performance.md"] = performance(measurements, evaluations)
-    files[root / "README.md"] = replace_region(readme, readme_numbers(measurements, evaluations))
+    numbers = readme_numbers(measurements, evaluations) + training_tables.summary(root)
+    files[root / "README.md"] = replace_region(readme, numbers)
     files.update(training_tables.rendered(root))
     files.update(sanitizer_table.rendered(root))
     return files

@@ -83,19 +83,24 @@ class Scores:
         """first / second of (arm, attention) in percent, and its standard error, case by case.
 
         With R = A / B the error of A - R B, divided by B: cases that both get wrong, or right, add
-        little. second None: B = 1.
+        little. Only cases that both have count. second None: B = 1.
         """
-        top = self(*first, length)
-        bottom = self(*second, length) if second else 100.0
-        if top is None or not bottom:
+        if None in (self(*reading, length) for reading in (first, second) if reading):
             return None, None
-        ratio, variance = top / bottom, 0.0
+        pairs = []  # of each task
         for task in TASKS:
             above = self.cells[*first, length, task]
-            below = self.cells[*second, length, task] if second else [0.0] * len(above)
-            rest = [a - ratio * b for a, b in zip(above, below)]
+            below = self.cells[*second, length, task] if second else [1.0] * len(above)
+            pairs.append(list(zip(above, below)))
+        top, bottom = (statistics.mean(statistics.mean(pair[i] for pair in task) for task in pairs)
+                       for i in (0, 1))
+        if not bottom:
+            return None, None
+        variance = 0.0
+        for task in pairs:
+            rest = [a - (top / bottom * b if second else 0.0) for a, b in task]
             variance += statistics.variance(rest) / len(rest) if len(rest) > 1 else 0.0
-        return 100 * ratio, 1e4 * math.sqrt(variance) / len(TASKS) / bottom
+        return 100 * top / bottom, 100 * math.sqrt(variance) / len(TASKS) / bottom
 
     def lengths(self):
         return sorted({length for _, _, length, _ in self.cells})
@@ -118,21 +123,43 @@ def task_table(score):
     return table(["continued", "read", *TASKS.values(), "mean"], rows)
 
 
-def retention_table(score):
-    """Every reading at every length; of (a) read dense, the yardstick, the sparse ones in percent."""
-    rows = []
-    for length in score.lengths():
-        row = [kilo(length)]
-        row += [one(score(arm, attention, length)) for arm in ARMS for attention in ("dense", "sparse")]
-        row.append(one(score.error("dense", "dense", length)))
-        for arm in ("dense", "sparse", "aligned"):
-            value, error = score.ratio((arm, "sparse"), ("dense", "dense"), length)
-            row.append("" if value is None else f"{value:.1f} ± {error:.1f} %")
-        rows.append(row)
+def with_error(value, error):
+    return "" if value is None else f"{value:.1f} ± {error:.1f} %"
+
+
+def mean_table(score):
+    """Every reading at every length."""
+    rows = [[kilo(length), *(one(score(arm, attention, length))
+                             for arm in ARMS for attention in ("dense", "sparse")),
+             one(score.error("dense", "dense", length))] for length in score.lengths()]
     letters = ("(c)", "(a)", "(b)", "(d)")
     head = [f"{letter} read {a}" for letter in letters for a in ("dense", "sparse")]
-    return table(["tokens", *head, "± of (a) read dense", "(a) sparse / (a) dense",
-                  "(b) sparse / (a) dense", "(d) sparse / (a) dense"], rows)
+    return table(["tokens", *head, "± of (a) read dense"], rows)
+
+
+# Of what a reading keeps, and of which: (first, second) of Scores.ratio.
+KEPT = {
+    "(b) sparse / (a) dense": (("sparse", "sparse"), ("dense", "dense")),
+    "(d) sparse / (a) dense": (("aligned", "sparse"), ("dense", "dense")),
+    "(d) sparse / (d) dense": (("aligned", "sparse"), ("aligned", "dense")),
+    "(d) dense / (a) dense": (("aligned", "dense"), ("dense", "dense")),
+    "(a) sparse / (a) dense": (("dense", "sparse"), ("dense", "dense")),
+}
+BEFORE = {f"{letter} / (c)": ((arm, "dense"), ("short", "dense"))
+          for letter, arm in (("(a)", "dense"), ("(b)", "sparse"), ("(d)", "aligned"))}
+
+
+def ratio_table(score, ratios, lengths):
+    rows = [[kilo(length), *(with_error(*score.ratio(*pair, length)) for pair in ratios.values())]
+            for length in lengths]
+    return table(["tokens", *ratios], rows)
+
+
+def short_lengths(score):
+    """Lengths at which both readings are one."""
+    return [n for n in score.lengths()
+            if n < LONG and score("short", "dense", n) is not None
+            and score("short", "dense", n) == score("short", "sparse", n)]
 
 
 def budget_table(records, score):
@@ -168,7 +195,8 @@ def cost_table(records):
     rows = [[ARMS.get(r["arm"], r["arm"]) if r["phase"] == "adapt" else "short, dense", r["steps"],
              f'{r["tokens"] / 1e6:.1f} M', r["processes"], f'{r["seconds"]:.0f} s',
              f'{r["seconds"] * r["processes"] / 60:.1f}']
-            for r in records if r["name"] == "adapt.run"]
+            for r in sorted((r for r in records if r["name"] == "adapt.run"),
+                            key=lambda r: (r["phase"] != "pretrain", list(ARMS).index(r["arm"])))]
     return table(["run", "steps", "tokens", "GPUs", "time", "GPU minutes"], rows)
 
 
@@ -200,10 +228,13 @@ def region(records):
     names = {r["name"] for r in records}
     score, out = Scores(records), []
     if score.lengths():
-        out += ["### Tasks at 32K, % of the answers' items\n", task_table(score),
-                "### Mean of the tasks at every length\n",
-                retention_table(score),
-                PAPER_NOTE]
+        short = short_lengths(score)
+        out += ["### What is kept, in percent\n",
+                ratio_table(score, KEPT, [n for n in score.lengths() if n not in short]), PAPER_NOTE]
+        out += ["### Short inputs, after continuing against before\n",
+                ratio_table(score, BEFORE, short)] if short else []
+        out += ["### Mean of the tasks at every length\n", mean_table(score),
+                "### Tasks at 32K, % of the answers' items\n", task_table(score)]
         few = budget_table(records, score)
         out += ["### Fewer blocks than trained with\n", few] if few else []
     if "adapt.perplexity" in names:
@@ -216,6 +247,21 @@ def region(records):
     if any(name.startswith("scale.") for name in names):
         out += ["### Several GPUs against one\n", scale_table(records)]
     return "\n".join(out) or "No results yet.\n"
+
+
+def summary(root):
+    """What README.md says of the experiment; nothing where it has not been made."""
+    score = Scores(load(root / "bench/results/training"))
+    lengths = [n for n in score.lengths() if n not in short_lengths(score)]
+    taught, plain = (
+        ", ".join(f"{with_error(*score.ratio(*KEPT[name], n))} at {kilo(n)}" for n in lengths
+                  if score.ratio(*KEPT[name], n)[0] is not None)
+        for name in ("(d) sparse / (a) dense", "(b) sparse / (a) dense"))
+    if not taught or not plain:
+        return ""
+    return ("\nA model of 65 M parameters, trained short and dense and continued at up to 32K, read sparse: with its "
+            f"selection taught it keeps {taught} of what continuing it dense gives; untaught, {plain}. "
+            "Setting and limits: [docs/training.md](docs/training.md).\n")
 
 
 def rendered(root):

@@ -28,8 +28,27 @@ class TrainingTablesTest(unittest.TestCase):
         # a - 0.75 b is 1/4, -3/4 and 0 in 6, 2 and 2 of ten cases: variance 1/6; b's: 8/45.
         error = 100 * math.sqrt(11 / 6 / 10) / 11 / 0.8
         base = 100 * math.sqrt(11 * 8 / 45 / 10) / 11
-        row = f"| 32K |  |  | 80.0 |  |  | 60.0 |  |  | {base:.1f} |  | 75.0 ± {error:.1f} % |  |"
-        self.assertIn(row, text)
+        self.assertIn(f"| 32K | 75.0 ± {error:.1f} % |  |  |  |  |", text)
+        self.assertIn(f"| 32K |  |  | 80.0 |  |  | 60.0 |  |  | {base:.1f} |", text)
+
+    def test_a_ratio_is_of_the_cases_that_both_have(self):
+        few = [dict(r, each=r["each"][:6], total=6) for r in all_tasks("short", "dense", 8)]
+        score = training_tables.Scores(all_tasks("dense", "dense", 8) + few)
+        ratio, error = score.ratio(("dense", "dense"), ("short", "dense"), 32768)
+        self.assertEqual((100.0, 0.0), (round(ratio, 9), round(error, 9)))
+
+    def test_the_summary_is_of_both_sparse_runs(self):
+        with tempfile.TemporaryDirectory() as folder:
+            root = pathlib.Path(folder)
+            self.assertEqual("", training_tables.summary(root))
+            (root / "bench/results/training").mkdir(parents=True)
+            records = all_tasks("dense", "dense", 8)
+            records += all_tasks("aligned", "sparse", 8) + all_tasks("sparse", "sparse", 4)
+            (root / "bench/results/training/a.jsonl").write_text(
+                "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+            text = training_tables.summary(root)
+            self.assertIn("it keeps 100.0 ± 0.0 % at 32K of", text)
+            self.assertIn("untaught, 50.0 ± ", text)
 
     def test_fewer_blocks_stand_apart(self):
         records = all_tasks("aligned", "dense", 8) + all_tasks("aligned", "sparse", 4, blocks=40)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the losses of runs as an SVG picture, without any library.
 
-python3 examples/adapt/plot.py --out docs/adapt-loss.svg .train/adapt/*/log.jsonl
+python3 examples/adapt/plot.py --out docs/adapt-text-loss.svg examples/adapt/training_log.jsonl
+python3 examples/adapt/plot.py --field answer_loss --out loss.svg .train/adapt/run/*/log.jsonl
 """
 
 import argparse
@@ -11,13 +12,19 @@ import pathlib
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 380, 56, 130, 40, 44
 COLOURS = ["#555555", "#b5442e", "#1f6f8b", "#7a6a1f", "#5b3f8c"]
+TITLES = {
+    "text_loss": "Loss of the text, single steps",
+    "answer_loss": "Loss of the answers, single steps",
+    "wrong": "Share of answer tokens that are wrong, all steps",
+}
 
 
 def smooth(points, window=8):
-    """Running means over `window` points."""
+    """Running means over `window` points, from the first that has half of them on."""
     return [
         (x, sum(y for _, y in points[max(0, i - window + 1) : i + 1]) / min(window, i + 1))
         for i, (x, _) in enumerate(points)
+        if 2 * (i + 1) >= min(window, len(points))
     ]
 
 
@@ -25,9 +32,10 @@ def curves(paths, field):
     """{label: [(million tokens, loss)]}: continued runs begin where the first one ended."""
     runs = {}
     for path in paths:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        name = "short, dense" if records[0]["phase"] == "pretrain" else records[0]["arm"]
-        runs[name] = [(r["tokens"] / 1e6, r[field]) for r in records]
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            name = "short, dense" if record["phase"] == "pretrain" else record["arm"]
+            y = 1 - record["answer_tokens_right"] if field == "wrong" else record[field]
+            runs.setdefault(name, []).append((record["tokens"] / 1e6, y))
     start = max((x for x, _ in runs.get("short, dense", [])), default=0.0)
     return {
         name: smooth([(x + (start if name != "short, dense" else 0), y) for x, y in points])
@@ -79,11 +87,10 @@ def chart(title, lines):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--field", default="text_loss", choices=("text_loss", "answer_loss"))
+    parser.add_argument("--field", default="text_loss", choices=tuple(TITLES))
     parser.add_argument("logs", type=pathlib.Path, nargs="+")
     args = parser.parse_args()
-    what = {"text_loss": "Loss of the text", "answer_loss": "Loss of the answers"}[args.field]
-    picture = chart(f"{what}, mean of 8 logged steps", curves(args.logs, args.field))
+    picture = chart(f"{TITLES[args.field]}, means of 8", curves(args.logs, args.field))
     args.out.write_text(picture, encoding="utf-8")
 
 

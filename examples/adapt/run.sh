@@ -90,7 +90,7 @@ wait
 rm -f "$OUT/free"
 cat "$OUT"/*.eval.jsonl "$OUT/step.jsonl" "$OUT"/*/run.jsonl > "$OUT/results.jsonl"
 cat "$OUT"/*.eval.log | grep -v '^$'
-for field in text_loss answer_loss; do
+for field in text_loss answer_loss wrong; do
   python3 "$HERE/plot.py" --field $field --out "$OUT/$field.svg" "$OUT"/*/log.jsonl
 done
 say "done"
