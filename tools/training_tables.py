@@ -259,8 +259,8 @@ def summary(root):
         for name in ("(d) sparse / (a) dense", "(b) sparse / (a) dense"))
     if not taught or not plain:
         return ""
-    return ("\nA model of 65 M parameters, trained short and dense and continued at up to 32K, read sparse: with its "
-            f"selection taught it keeps {taught} of what continuing it dense gives; untaught, {plain}. "
+    return ("\nA model of 65 M parameters, trained short and dense and continued at up to 32K, read sparse: "
+            f"with its selection taught it keeps {taught} of what continuing it dense gives; untaught, {plain}. "
             "Setting and limits: [docs/training.md](docs/training.md).\n")
 
 

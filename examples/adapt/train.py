@@ -190,7 +190,7 @@ def main():
         wrapped = torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True
         )
-        if cuda:  # half the bytes between GPUs that may have nothing but the host's memory between them
+        if cuda:  # half the bytes, where GPUs may have nothing but the host's memory between them
             wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
     parameters = list(net.parameters())
     batches = Batches(settings, phase, args, rank, first)
