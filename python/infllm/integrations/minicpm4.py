@@ -47,7 +47,7 @@ def patch(model: nn.Module, sparse_config: SparseConfig | None = None, *,
 
     Args:
         sparse_config: None takes ``model.config.sparse_config``; without one attention is dense.
-            ``legacy_window=True`` is what MiniCPM4's code of June 2025 does.
+            ``legacy_window=True, lse_source="fine"`` is what MiniCPM4's code of June 2025 does.
         backend: as in ``infllm.attention``.
 
     Returns:
