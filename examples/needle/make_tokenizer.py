@@ -228,7 +228,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=pathlib.Path, default=pathlib.Path(".train/text"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("models/needle-32k"))
-    parser.add_argument("--max-length", type=int, default=40960)
+    parser.add_argument("--max-length", type=int, default=131072)
     args = parser.parse_args()
     write(args.out, train(sentences(args.text / "train")), args.max_length)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "tokenizer.model"))

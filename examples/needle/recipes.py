@@ -128,26 +128,26 @@ LONG = Recipe(  # four GPUs, seven and a half minutes, from the weights of SHORT
     decay=0.35,
 )
 
-LONGER = Recipe(  # one GPU, a minute and a half, from the weights of LONG
+LONGER = Recipe(  # one GPU, a minute, from the weights of LONG
     stages=(
         Stage(
             1500,
             (
-                Bucket(4096, 12, 0.25, 0.3),
+                Bucket(4096, 12, 0.45, 0.3),
                 Bucket(8192, 6, 0.20, 0.3),
-                Bucket(16384, 3, 0.20, 0.3),
-                Bucket(32768, 2, 0.20, 0.3, 0.4),
-                Bucket(65536, 1, 0.08, 0.4, 0.5),
-                Bucket(131072, 1, 0.07, 0.4, 0.6),
+                Bucket(16384, 3, 0.15, 0.3),
+                Bucket(32768, 2, 0.12, 0.3, 0.4),
+                Bucket(65536, 1, 0.05, 0.4, 0.4),
+                Bucket(131072, 1, 0.03, 0.4, 0.6),
             ),
             spread=0.3,
-            varied=0.4,
+            varied=0.45,
             align_rows=1024,
             align_layers=3,
         ),
     ),
     config=model.Config(max_position_embeddings=131072, original_max_position_embeddings=40960),
-    muon_rate=0.008,
+    muon_rate=0.007,
     adamw_rate=1e-3,
     warmup=20,
     decay=0.6,

@@ -12,6 +12,7 @@ pytest.importorskip("sentencepiece", reason="sentencepiece is not installed: pip
 pytest.importorskip("safetensors", reason="safetensors is not installed: pip install it")
 infllm = pytest.importorskip("infllm", reason="the package is not built: make python")
 
+import evaluate  # noqa: E402
 import export  # noqa: E402
 import model  # noqa: E402
 import recipes  # noqa: E402
@@ -19,7 +20,8 @@ import samples  # noqa: E402
 import train  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
-TOKENIZER = HERE.parents[1] / "models/needle-32k/tokenizer.model"
+CHECKPOINT = HERE.parents[1] / "models/needle-32k"
+TOKENIZER = CHECKPOINT / "tokenizer.model"
 
 
 def call(main, monkeypatch, *arguments):
@@ -49,6 +51,37 @@ def test_modes_differ_only_in_what_they_choose():
     assert torch.equal(end[:, :document], sparse[:, :document])
     assert not torch.equal(end[:, document:], sparse[:, document:])
     assert not torch.equal(end[:, document:], dense[:, document:])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_questions_side_by_side_see_the_document(sparse):
+    torch.manual_seed(2)
+    net = model.MiniCPM4(recipes.SMOKE.config)
+    document, questions = torch.randint(100, 4000, (1, 650)), torch.randint(100, 4000, (3, 9))
+    config = recipes.SMOKE.config.sparse
+
+    def read(tokens, begin, attend):
+        positions = torch.arange(begin, begin + tokens.shape[1]).expand_as(tokens)
+        return net(tokens, positions, attend).detach()
+
+    attend = evaluate.Attend(config, sparse)
+    read(document, 0, attend)
+    apart = read(questions, 650, attend)
+    for row, question in zip(apart, questions):
+        whole = torch.cat([document, question[None]], 1)
+        together = read(whole, 0, evaluate.Attend(config, sparse))[0, 650:]
+        assert torch.equal(row.argmax(-1), together.argmax(-1))
+
+
+def test_checkpoint_answers_the_sample():
+    cases = [json.loads(x) for x in (HERE / "sample_cases.jsonl").read_text().splitlines()]
+    device = torch.device("cpu")
+    counts = evaluate.count(
+        evaluate.load(CHECKPOINT, device), samples.Codec(TOKENIZER), cases, device
+    )
+    assert {attention for _, _, attention in counts} == {"dense", "sparse"}
+    assert all(right == asked > 0 for right, asked in counts.values())
+    assert "single" in evaluate.table(counts)
 
 
 def test_long_factors_hold_above_the_original_length_only():
