@@ -43,6 +43,7 @@ class Recipe:
     decay: float = 0.3  # in this last share of the run the rate falls to a hundredth
     budgets: tuple = (20, 30)  # blocks a token sees, drawn in sparse steps
     longest: int = 40960  # positions end below it
+    first_weight: float = 1.0  # of a document's first answer, which is what a user asks for
 
     @property
     def steps(self):
@@ -83,6 +84,7 @@ SMOKE = Recipe(
     budgets=(5, 6),
     warmup=5,
     longest=2048,
+    first_weight=2.0,
 )
 
 SHORT = Recipe(  # one GPU, two minutes; the full rate to the end, for LONG goes on from it
@@ -152,6 +154,7 @@ LONGER = Recipe(  # one GPU, a minute, from the weights of LONG
     warmup=20,
     decay=0.6,
     longest=131072,
+    first_weight=8.0,
 )
 
 RECIPES = {"short": SHORT, "long": LONG, "longer": LONGER, "smoke": SMOKE}

@@ -10,7 +10,7 @@ a run that was cut goes on from --out/state.pt. The loss is
 
     cross-entropy of the answers + 0.3 x cross-entropy of everything else + alignment loss
 
-where a document's first answer weighs FIRST_WEIGHT times a later one: it is what a user asks for.
+where a document's first answer may weigh more than later ones (recipes.Recipe.first_weight).
 infllm.selection_alignment_loss teaches the last rows (questions and answers) of some layers.
 --out/log.jsonl has one line every --log-every steps.
 """
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 import infllm
 
-REST_WEIGHT, FIRST_WEIGHT = 0.3, 8.0
+REST_WEIGHT = 0.3
 AGREE_EVERY = 10  # steps between two looks at the clock that all processes share
 
 
@@ -135,14 +135,14 @@ def mean_of(loss, weight):
     return (loss * weight).sum() / weight.sum().clamp(min=1)
 
 
-def losses(net, tokens, kinds, positions, attend):
+def losses(net, tokens, kinds, positions, attend, first_weight):
     """The loss of one batch, and its parts for the log."""
     logits = net(tokens[:, :-1], positions, attend).float()
     target, kind = tokens[:, 1:], kinds[:, 1:]
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
     loss = loss.view_as(target)
     first = kind == samples.FIRST_ANSWER
-    answer = (kind == samples.ANSWER) + FIRST_WEIGHT * first
+    answer = (kind == samples.ANSWER) + first_weight * first
     parts = {"answer_loss": mean_of(loss, answer), "rest_loss": mean_of(loss, kind == samples.REST)}
     total = parts["answer_loss"] + REST_WEIGHT * parts["rest_loss"]
     if attend.losses:
@@ -244,7 +244,7 @@ def main():
         lesson = Lesson.draw(recipe, args.seed, step)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             attend = Attend(recipe.config, lesson, count, length, device)
-            loss, parts = losses(net, tokens, kinds, positions, attend)
+            loss, parts = losses(net, tokens, kinds, positions, attend, recipe.first_weight)
         loss.backward()
         average_gradients(parameters, world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
