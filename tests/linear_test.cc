@@ -200,6 +200,51 @@ TEST_P(LinearTest, OtherRowsChangeNothing) {
   }
 }
 
+// Squares of small integers add up exactly in any order, so the two ways differ in nothing.
+TEST_P(LinearTest, NormalisesAsRmsNormWould) {
+  const Bench bench(open(GetParam()));
+  const DType type = bench.backend.kernels->activation;
+  const std::int64_t outputs = 150;
+  for (const std::int64_t inputs : {8, 104, 1000, 4096}) {
+    Random random(static_cast<std::uint64_t>(inputs));
+    const std::vector<double> w = random.normals(inputs * outputs, type);
+    const std::vector<float> narrow(w.begin(), w.end());
+    const TensorView part = TensorView::matrix(narrow.data(), DType::kF32, outputs, inputs);
+    const LinearWeight weight = must(pack_linear(bench.backend, {&part, 1}, WeightFormat::kBF16));
+    std::vector<double> x;
+    for (std::int64_t i = 0; i < inputs; ++i)
+      x.push_back(static_cast<double>(random.below(33)) - 16);
+    std::vector<float> scales;
+    for (std::int64_t i = 0; i < inputs; ++i) scales.push_back(static_cast<float>(random.normal()));
+    const TensorView vector{
+        .data = scales.data(), .dtype = DType::kF32, .rank = 1, .shape = {inputs}};
+    const Buffer norm = must(upload_vector(bench.backend, vector));
+    const Buffer in = bench.in(x);
+    const Buffer normed = poisoned(bench.backend, inputs, type);
+    const Buffer together = poisoned(bench.backend, outputs, type);
+    const Buffer apart = poisoned(bench.backend, outputs, type);
+    LinearParams params{.weight = &weight,
+                        .tokens = 1,
+                        .x = in.data(),
+                        .y = together.data(),
+                        .norm = norm.data(),
+                        .epsilon = 1e-5f};
+    if (!linear_normalises(bench.backend, params)) GTEST_SKIP() << "calls rms_norm() first";
+    must(linear(bench.backend, params, {}));
+    must(rms_norm(bench.backend, {.tokens = 1,
+                                  .width = inputs,
+                                  .x = in.data(),
+                                  .weight = norm.data(),
+                                  .epsilon = 1e-5f,
+                                  .y = normed.data()}));
+    must(linear(bench.backend,
+                {.weight = &weight, .tokens = 1, .x = normed.data(), .y = apart.data()}, {}));
+    EXPECT_EQ(bench.out(together, static_cast<std::size_t>(outputs)),
+              bench.out(apart, static_cast<std::size_t>(outputs)))
+        << inputs << " inputs";
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, LinearTest, ::testing::ValuesIn(kernel_backends()), backend_id);
 
 // Integers multiply exactly: the reference keeps f64 as it is, and columns without it say so.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Taking a projection apart in one step leaves the numbers that rope, gather and kv_append leave,
-// bit for bit, on every column that has it.
+// and those that compress leaves after them, bit for bit, on every column that has it.
 #include "infllm/ops/rope_append.h"
 
 #include <gmock/gmock.h>
@@ -9,6 +9,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "infllm/ops/compress.h"
 #include "infllm/ops/kernels.h"
 #include "tests/support/grid.h"
 #include "tests/support/refusal.h"
@@ -39,9 +40,9 @@ class RopeAppendTest : public ::testing::TestWithParam<std::string> {
 
   DType activation() const { return backend_.kernels->activation; }
 
-  // Sequences with `cached` keys get `tokens` more; the pages were NaN.
+  // Sequences with `cached` keys get `tokens` more, and their new windows if they are to `pool`.
   Left run(const Shape& shape, const std::vector<std::int32_t>& cached,
-           const std::vector<std::int32_t>& tokens, bool at_once) {
+           const std::vector<std::int32_t>& tokens, bool at_once, bool pool = false) {
     SparseConfig config;
     config.use_nope = shape.use_nope;
     const KvLayout layout{.dtype = activation(),
@@ -72,12 +73,11 @@ class RopeAppendTest : public ::testing::TestWithParam<std::string> {
     batch.page_table = table_memory.as<std::int32_t>();
 
     const std::int64_t page_bytes = kv_page_bytes(backend_, layout);
-    const std::vector<std::byte> zeros(static_cast<std::size_t>(pages * page_bytes));
-    const Buffer memory = must(allocate(backend_, zeros.size()));
-    must(copy_in(backend_, memory.data(), zeros.data(), zeros.size()));
+    Random random(17);
+    const std::int64_t numbers = pages * page_bytes / size_of(activation());
+    const Buffer memory = upload(backend_, random.normals(numbers, activation()), activation());
     const KvPages cache{memory.data(), layout, page_bytes, pages};
 
-    Random random(17);
     const std::int64_t count = batch.num_tokens;
     const std::int32_t heads = shape.heads_q + 2 * shape.heads_kv;
     const Buffer qkv = upload(
@@ -96,14 +96,16 @@ class RopeAppendTest : public ::testing::TestWithParam<std::string> {
     const Buffer q_score = poisoned(backend_, q_count, activation());
 
     if (at_once) {
-      must(rope_append(backend_, {.pages = cache,
-                                  .batch = batch,
-                                  .heads_q = shape.heads_q,
-                                  .qkv = qkv.data(),
-                                  .cos = cos_memory.as<float>(),
-                                  .sin = sin_memory.as<float>(),
-                                  .q = q.data(),
-                                  .q_score = q_score.data()}));
+      const RopeAppendParams params{.pages = cache,
+                                    .batch = batch,
+                                    .heads_q = shape.heads_q,
+                                    .qkv = qkv.data(),
+                                    .cos = cos_memory.as<float>(),
+                                    .sin = sin_memory.as<float>(),
+                                    .q = q.data(),
+                                    .q_score = q_score.data(),
+                                    .pool = pool};
+      must(rope_append(backend_, params));
     } else {
       const auto cut = [&](std::int32_t first, std::int32_t many, const Buffer& to) {
         must(gather(backend_, {.count = count,
@@ -135,10 +137,11 @@ class RopeAppendTest : public ::testing::TestWithParam<std::string> {
                                 .k = k.data(),
                                 .v = v.data(),
                                 .k_score = shape.use_nope ? k_score.data() : nullptr}));
+      if (pool) must(compress(backend_, {.pages = cache, .batch = batch}));
     }
     // All of the pages, byte for byte, pooled rows included: the caches must not differ anywhere.
-    std::vector<std::uint16_t> raw(zeros.size() / 2);
-    must(copy_out(backend_, raw.data(), memory.data(), zeros.size()));
+    std::vector<std::uint16_t> raw(static_cast<std::size_t>(numbers));
+    must(copy_out(backend_, raw.data(), memory.data(), raw.size() * sizeof(raw[0])));
     Left result{.q = download(backend_, q, q_count, activation()), .pages = std::move(raw)};
     if (shape.use_nope) result.q_score = download(backend_, q_score, q_count, activation());
     return result;
@@ -164,6 +167,20 @@ TEST_P(RopeAppendTest, IsTheLongWayInOneStep) {
       EXPECT_EQ(run(shape, cached, tokens, true), run(shape, cached, tokens, false))
           << shape.heads_q << "/" << shape.heads_kv << " heads of " << shape.head_dim
           << (shape.use_nope ? ", unrotated keys too; " : "; ") << tokens.size() << " sequences";
+    }
+  }
+}
+
+// Around every place where a window can end, with a company that is elsewhere or has no token.
+TEST_P(RopeAppendTest, PoolsWhatCompressWould) {
+  for (const Shape& shape :
+       {Shape{4, 2, 64, false}, {32, 2, 128, false}, {7, 1, 128, true}, {16, 2, 64, true}}) {
+    for (const std::int32_t length : {1, 31, 32, 33, 48, 63, 64, 127, 128, 144, 192, 1024}) {
+      const std::vector<std::int32_t> cached = {length - 1, 95, 40, 255};
+      const std::vector<std::int32_t> tokens = {1, 1, 0, 1};
+      EXPECT_EQ(run(shape, cached, tokens, true, true), run(shape, cached, tokens, false, true))
+          << shape.heads_q << "/" << shape.heads_kv << " heads of " << shape.head_dim
+          << (shape.use_nope ? ", unrotated keys too; " : "; ") << length << " keys";
     }
   }
 }

@@ -67,7 +67,7 @@ fi
 if [[ " $parts " == *" model "* ]]; then
   model -p 0 -n 64 -d 32768,131072 --attention sparse --fill
   model -p 131072 -n 0 --no-warmup --no-steps
-  model -p 131072 -n 0 --no-warmup --no-steps --repeat 16
+  model -p 131072 -n 0 --no-warmup --no-steps --repeat 10  # neighbours share 0.8
 fi
 if [[ " $parts " == *" long "* ]]; then
   attention --tokens 524288,1048576 --input correlated-0.8 --dense-limit 0

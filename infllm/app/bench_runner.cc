@@ -96,7 +96,7 @@ Status BenchRunner::start(std::int32_t depth, std::int32_t prompt) {
   sequence_.truncate(depth, pool_);
   sequence_.restart(tokens, rule_, pool_);
   INFLLM_CHECK(pool_.extend(sequence_.pages, options_.context), "the pool holds the context");
-  if (options_.fill) INFLLM_TRY(fill(depth));
+  if (options_.fill && sequence_.cached < depth) INFLLM_TRY(fill(depth));
   BenchRun untimed;
   while (sequence_.cached < depth) {
     INFLLM_TRY(advance(std::min(options_.chunk_tokens, depth - sequence_.cached), false, untimed));

@@ -64,35 +64,25 @@ Status attention_layer(const Step& step, const LayerWeights& weights, const KvPa
   const Backend& backend = step.backend;
   const std::int64_t tokens = step.batch.num_tokens;
   const bool keep_unrotated = pages.layout.score_keys();
+  bool pooled = false;
 
-  INFLLM_TRY(timed(step, &ForwardTimes::norm, [&] {
-    return rms_norm(backend, {.tokens = tokens,
-                              .width = c.hidden_size,
-                              .x = step.at(step.plan.hidden),
-                              .weight = weights.attention_norm.data(),
-                              .epsilon = c.rms_norm_eps,
-                              .y = step.at(step.plan.normed)});
-  }));
-  INFLLM_TRY(timed(step, &ForwardTimes::projections, [&] {
-    return linear(backend,
-                  {.weight = &weights.qkv,
-                   .tokens = tokens,
-                   .x = step.at(step.plan.normed),
-                   .y = step.at(step.plan.qkv)},
-                  step.workspace);
-  }));
+  INFLLM_TRY(normed_linear(step, weights.attention_norm,
+                           {.weight = &weights.qkv,
+                            .tokens = tokens,
+                            .x = step.at(step.plan.hidden),
+                            .y = step.at(step.plan.qkv)},
+                           step.at(step.plan.normed), &ForwardTimes::projections));
   if (has_rope_append(backend)) {
-    INFLLM_TRY(timed(step, &ForwardTimes::rope, [&] {
-      return rope_append(backend,
-                         {.pages = pages,
-                          .batch = step.batch,
-                          .heads_q = c.heads,
-                          .qkv = step.at(step.plan.qkv),
-                          .cos = step.floats_at(step.plan.cos),
-                          .sin = step.floats_at(step.plan.sin),
-                          .q = step.at(step.plan.q),
-                          .q_score = keep_unrotated ? step.at(step.plan.q_score) : nullptr});
-    }));
+    RopeAppendParams params{.pages = pages,
+                            .batch = step.batch,
+                            .heads_q = c.heads,
+                            .qkv = step.at(step.plan.qkv),
+                            .cos = step.floats_at(step.plan.cos),
+                            .sin = step.floats_at(step.plan.sin),
+                            .q = step.at(step.plan.q),
+                            .q_score = keep_unrotated ? step.at(step.plan.q_score) : nullptr};
+    params.pool = pooled = rope_append_pools(backend, params);
+    INFLLM_TRY(timed(step, &ForwardTimes::rope, [&] { return rope_append(backend, params); }));
   } else {
     INFLLM_TRY(
         timed(step, &ForwardTimes::rope, [&] { return rotate_and_cut(step, keep_unrotated); }));
@@ -109,6 +99,7 @@ Status attention_layer(const Step& step, const LayerWeights& weights, const KvPa
   params.q = step.at(step.plan.q);
   params.q_score = keep_unrotated ? step.at(step.plan.q_score) : nullptr;
   params.o = step.at(step.plan.qkv);  // its contents have been cut out
+  params.pooled = pooled;
   params.times = step.times != nullptr ? &step.times->attention : nullptr;
   INFLLM_TRY(attention(backend, params, step.workspace));
 

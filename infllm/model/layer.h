@@ -53,6 +53,11 @@ struct Step {
   }
 };
 
+// y = linear(rms_norm(h)) of rows of the residual stream, in one step where the column has it;
+// `normed` is for the numbers in between. The product counts as `part`.
+Status normed_linear(const Step& step, const Buffer& norm, LinearParams params, void* normed,
+                     double ForwardTimes::*part);
+
 Status attention_layer(const Step& step, const LayerWeights& weights, const KvPages& pages);
 Status mlp_layer(const Step& step, const LayerWeights& weights);
 

@@ -8,21 +8,13 @@ Status mlp_layer(const Step& step, const LayerWeights& weights) {
   const Backend& backend = step.backend;
   const std::int64_t tokens = step.batch.num_tokens;
 
-  INFLLM_TRY(timed(step, &ForwardTimes::norm, [&] {
-    return rms_norm(backend, {.tokens = tokens,
-                              .width = c.hidden_size,
-                              .x = step.at(step.plan.hidden),
-                              .weight = weights.mlp_norm.data(),
-                              .epsilon = c.rms_norm_eps,
-                              .y = step.at(step.plan.normed)});
-  }));
+  INFLLM_TRY(normed_linear(step, weights.mlp_norm,
+                           {.weight = &weights.gate_up,
+                            .tokens = tokens,
+                            .x = step.at(step.plan.hidden),
+                            .y = step.at(step.plan.gate_up)},
+                           step.at(step.plan.normed), &ForwardTimes::mlp));
   return timed(step, &ForwardTimes::mlp, [&]() -> Status {
-    INFLLM_TRY(linear(backend,
-                      {.weight = &weights.gate_up,
-                       .tokens = tokens,
-                       .x = step.at(step.plan.normed),
-                       .y = step.at(step.plan.gate_up)},
-                      step.workspace));
     INFLLM_TRY(swiglu(backend, {.tokens = tokens,
                                 .width = c.intermediate_size,
                                 .x = step.at(step.plan.gate_up),

@@ -63,25 +63,21 @@ AttentionParams observed(const Step& step, const KvPages& pages) {
 Status head(const Step& step, const Weights& weights, const ForwardParams& p) {
   const ModelConfig& c = step.config;
   void* picked = step.at(step.plan.picked);
-  INFLLM_TRY(gather(step.backend, {.count = p.num_logits,
-                                   .width = c.hidden_size,
-                                   .row_stride = c.hidden_size,
-                                   .rows = p.logit_rows,
-                                   .x = step.at(step.plan.hidden),
-                                   .y = picked}));
-  INFLLM_TRY(rms_norm(step.backend, {.tokens = p.num_logits,
-                                     .width = c.hidden_size,
-                                     .x = picked,
-                                     .weight = weights.final_norm.data(),
-                                     .epsilon = c.rms_norm_eps,
-                                     .y = picked}));
-  return linear(step.backend,
-                {.weight = &weights.head,
-                 .tokens = p.num_logits,
-                 .x = picked,
-                 .y = p.logits,
-                 .alpha = c.logit_scale()},
-                step.workspace);
+  INFLLM_TRY(timed(step, &ForwardTimes::head, [&] {
+    return gather(step.backend, {.count = p.num_logits,
+                                 .width = c.hidden_size,
+                                 .row_stride = c.hidden_size,
+                                 .rows = p.logit_rows,
+                                 .x = step.at(step.plan.hidden),
+                                 .y = picked});
+  }));
+  return normed_linear(step, weights.final_norm,
+                       {.weight = &weights.head,
+                        .tokens = p.num_logits,
+                        .x = picked,
+                        .y = p.logits,
+                        .alpha = c.logit_scale()},
+                       picked, &ForwardTimes::head);
 }
 
 }  // namespace
@@ -173,7 +169,7 @@ Status Model::forward(const ForwardParams& p) const {
     INFLLM_TRY(mlp_layer(step, weights_.layers[i]));
   }
   if (p.num_logits == 0) return {};
-  return timed(step, &ForwardTimes::head, [&] { return head(step, weights_, p); });
+  return head(step, weights_, p);
 }
 
 std::size_t Model::workspace_bytes(const Batch& batch, std::int32_t num_logits) const {

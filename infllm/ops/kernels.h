@@ -71,13 +71,14 @@ struct Kernels {
   // Plumbing.
   Result<LinearWeight> (*pack_linear)(const Backend&, std::span<const TensorView> parts,
                                       WeightFormat, std::int32_t group_size) = nullptr;
-  Cell<LinearParams> linear;
+  Cell<LinearParams> linear;  // what it covers it can normalise first
   Result<EmbeddingTable> (*upload_table)(const Backend&, const TensorView&) = nullptr;
   Cell<EmbedParams> embed;
   Cell<RmsNormParams> rms_norm;
   Cell<RopeTableParams> rope_tables;
   Cell<RopeParams> rope;
-  Cell<RopeAppendParams> rope_append;  // null: rope, gather and kv_append
+  // Null: rope, gather and kv_append. What it covers it can pool, too.
+  Cell<RopeAppendParams> rope_append;
   Cell<SwigluParams> swiglu;
   Cell<GatherParams> gather;
   Cell<TopLogitsParams> top_logits;  // null where the logits are in host memory anyhow

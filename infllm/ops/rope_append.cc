@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "infllm/ops/rope_append.h"
 
+#include <fmt/format.h>
+
 #include "infllm/ops/check.h"
+#include "infllm/ops/kernels.h"
 
 namespace infllm {
 
 bool has_rope_append(const Backend& backend) { return backend.kernels->rope_append.run != nullptr; }
+
+bool rope_append_pools(const Backend& backend, const RopeAppendParams& params) {
+  const Cell<RopeAppendParams>& cell = backend.kernels->rope_append;
+  return cell.covers != nullptr && cell.covers(backend, params);
+}
 
 Status rope_append(const Backend& backend, const RopeAppendParams& params) {
   INFLLM_TRY(check_cache("rope_append", params.pages, params.batch));
@@ -17,6 +25,11 @@ Status rope_append(const Backend& backend, const RopeAppendParams& params) {
   INFLLM_TRY(check_pointer("rope_append", "q", params.q));
   if (params.pages.layout.score_keys()) {
     INFLLM_TRY(check_pointer("rope_append", "q_score (use_nope)", params.q_score));
+  }
+  if (params.pool && !rope_append_pools(backend, params)) {
+    return unsupported(fmt::format(
+        "rope_append: \"{}\" does not pool keys of this step too; call compress() after it",
+        backend.name));
   }
   return run_cell("rope_append", backend, backend.kernels->rope_append, params, {});
 }

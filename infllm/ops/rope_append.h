@@ -7,6 +7,9 @@
 //   pages, at the token's position: rotated keys, values, and (use_nope) keys as they were
 //
 // Rotation and rounding are rope()'s. A column may lack this step; its caller takes the long way.
+//
+// Where rope_append_pools(), `pool` has the windows that the step's keys complete pooled too: the
+// numbers that compress() would leave, and one launch less for a step that seldom completes any.
 #pragma once
 
 #include "infllm/ops/kv_cache.h"
@@ -22,9 +25,11 @@ struct RopeAppendParams {
   const float* sin = nullptr;  // [T, D / 2]
   void* q = nullptr;           // [T, Hq, D]
   void* q_score = nullptr;     // [T, Hq, D], when layout.score_keys()
+  bool pool = false;           // and do what compress() would
 };
 
 bool has_rope_append(const Backend& backend);
+bool rope_append_pools(const Backend& backend, const RopeAppendParams& params);
 Status rope_append(const Backend& backend, const RopeAppendParams& params);
 
 }  // namespace infllm

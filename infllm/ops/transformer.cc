@@ -101,6 +101,11 @@ Status quantize_int8(const TensorView& matrix, std::int32_t group_size, std::int
   return {};
 }
 
+bool linear_normalises(const Backend& backend, const LinearParams& params) {
+  const Cell<LinearParams>& cell = backend.kernels->linear;
+  return cell.covers != nullptr && cell.covers(backend, params);
+}
+
 Status linear(const Backend& backend, const LinearParams& params, std::span<std::byte> workspace) {
   INFLLM_TRY(check_count("linear", "tokens", params.tokens, 0));
   INFLLM_TRY(check_pointer("linear", "weight", params.weight));
@@ -114,6 +119,11 @@ Status linear(const Backend& backend, const LinearParams& params, std::span<std:
   if (params.tokens == 0) return {};
   INFLLM_TRY(check_pointer("linear", "x", params.x));
   INFLLM_TRY(check_pointer("linear", "y", params.y));
+  if (params.norm != nullptr && !linear_normalises(backend, params)) {
+    return unsupported(fmt::format(
+        "linear: \"{}\" does not normalise {} rows of {} numbers on the way; call rms_norm() first",
+        backend.name, params.tokens, params.weight->inputs));
+  }
   return run_cell("linear", backend, backend.kernels->linear, params, workspace);
 }
 

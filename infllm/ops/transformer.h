@@ -53,7 +53,11 @@ struct LinearParams {
   void* y = nullptr;
   float alpha = 1;
   bool accumulate = false;
+  // Where linear_normalises(): x goes through rms_norm() first, with these weights.
+  const void* norm = nullptr;  // [inputs] accumulate type; null: x as it is
+  float epsilon = 0;
 };
+bool linear_normalises(const Backend& backend, const LinearParams& params);
 Status linear(const Backend& backend, const LinearParams& params, std::span<std::byte> workspace);
 std::size_t linear_workspace_bytes(const Backend& backend, const LinearParams& params);
 

@@ -80,10 +80,15 @@ bool hopper_score_selects(const Backend& backend, const ScoreSelectParams& p) {
   return decode::scores(backend, p) || sm90::score_selects(backend, p);
 }
 
+bool is_aligned(const void* x) { return reinterpret_cast<std::uintptr_t>(x) % 16 == 0; }
+
 Status hopper_linear(const Backend& backend, const LinearParams& p, Workspace workspace) {
-  const bool is_aligned = reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0;
-  return sm90::multiplies(p) && is_aligned ? sm90::linear(backend, p, workspace)
-                                           : cuda::linear(backend, p, workspace);
+  return sm90::multiplies(p) && is_aligned(p.x) ? sm90::linear(backend, p, workspace)
+                                                : cuda::linear(backend, p, workspace);
+}
+
+bool hopper_normalises(const Backend&, const LinearParams& p) {
+  return sm90::normalises(p) && is_aligned(p.x);
 }
 
 std::size_t hopper_linear_bytes(const Backend& backend, const LinearParams& p) {
@@ -124,7 +129,7 @@ Kernels general() {
       .rms_norm = {&rms_norm},
       .rope_tables = {&rope_tables},
       .rope = {&rope},
-      .rope_append = {&rope_append},
+      .rope_append = {&rope_append, nullptr, &rope_append_pools},
       .swiglu = {&swiglu},
       .gather = {&gather},
       .top_logits = {&top_logits},
@@ -140,7 +145,7 @@ Kernels hopper() {
   table.attend = {&hopper_attend, &hopper_attend_bytes};
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
   table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
-  table.linear = {&hopper_linear, &hopper_linear_bytes};
+  table.linear = {&hopper_linear, &hopper_linear_bytes, &hopper_normalises};
   return table;
 }
 

@@ -31,6 +31,7 @@ Status rope_tables(const Backend& backend, const RopeTableParams& params, Worksp
 
 // rope_append.cu
 Status rope_append(const Backend& backend, const RopeAppendParams& params, Workspace);
+bool rope_append_pools(const Backend& backend, const RopeAppendParams& params);
 
 // sampling.cu
 Status top_logits(const Backend& backend, const TopLogitsParams& params, Workspace);

@@ -101,14 +101,25 @@ __global__ void __launch_bounds__(kThreads)
   const T* row = logits + std::int64_t{blockIdx.x} * vocabulary;
   TopLogits& result = out[blockIdx.x];
   const int forbidden = order_of<T>(-INFINITY);
-  // body(logit, id) of this thread's share: eight at a time, and what does not fit one by one.
+  // body(logit, id) of this thread's share: eight at a time, and what does not fit one by one. A
+  // single block has little else to do than to wait for memory, so it asks for several at once.
   const auto for_share = [&](auto&& body) {
+    constexpr int kAtOnce = 3;
 #pragma unroll 1
-    for (std::int32_t v = threadIdx.x; v < vectors; v += kThreads) {
-      float x[kVector];
-      load(row + std::int64_t{v} * kVector, x);
+    for (std::int32_t first = threadIdx.x; first < vectors; first += kAtOnce * kThreads) {
+      Vector<T> held[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) body(x[i], v * kVector + i);
+      for (int j = 0; j < kAtOnce; ++j) {
+        const std::int32_t v = min(first + j * kThreads, vectors - 1);
+        held[j] = *reinterpret_cast<const Vector<T>*>(row + std::int64_t{v} * kVector);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const std::int32_t v = first + j * kThreads;
+        if (v >= vectors) break;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) body(to_float(held[j].values[i]), v * kVector + i);
+      }
     }
 #pragma unroll 1
     for (std::int32_t id = vectors * kVector + threadIdx.x; id < vocabulary; id += kThreads) {

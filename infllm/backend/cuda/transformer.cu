@@ -72,6 +72,10 @@ template <typename T, int kPer>
 __global__ void __launch_bounds__(kNormThreads)
     rms_norm_kernel(const T* x, const float* weight, std::int64_t width, float epsilon, T* y) {
   start_next();
+  // Weights that were last used a step ago come from memory, which may be busy with other weights.
+  if (kPer == kVector && blockIdx.x == 0 && threadIdx.x == 0) {
+    prefetch(weight, static_cast<int>(width * sizeof(float)));
+  }
   wait_for_previous();
   const T* row = x + blockIdx.x * width;
   float held[kNormHeld][kPer];

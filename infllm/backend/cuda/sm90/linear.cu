@@ -52,6 +52,8 @@ struct Product {
   void* y;
   float alpha;
   float beta;
+  const float* norm;  // null: x as it is
+  float epsilon;
   int outputs;
   int units;  // of 16 bytes in a row
   int row_bytes;
@@ -63,6 +65,7 @@ struct Shared {
   std::uint64_t full[kSlots];
   std::uint64_t empty[kSlots];
   float partial[2][kBatch][kWarps];
+  float squares[kWarps];
 };
 
 // This block's rows of W.
@@ -146,6 +149,25 @@ __device__ void load_x(const Product& p, float (&x)[kVectors][kVector]) {
   }
 }
 
+// x as rms_norm() leaves it, rounded as there. `norm` are this thread's weights.
+template <typename T>
+__device__ void normalise(const Product& p, Shared& shared, const float (&norm)[kVector],
+                          float (&x)[kVector]) {
+  float sum = 0;
+#pragma unroll
+  for (const float value : x) sum += value * value;
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lane);
+  if (threadIdx.x % 32 == 0) shared.squares[threadIdx.x / 32] = sum;
+  consumers_sync();
+  sum = 0;
+#pragma unroll
+  for (const float of_warp : shared.squares) sum += of_warp;
+  const float scale = 1 / sqrtf(sum / static_cast<float>(p.units * kVector) + p.epsilon);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) x[k] = to_float(to<T>(x[k] * scale * norm[k]));
+}
+
 // Outputs of the batch that begins with row `first` of the share, by one warp. `before` is what y
 // was where it is added to.
 template <typename T>
@@ -162,7 +184,7 @@ __device__ void finish(const Share& share, int first, const float (&partial)[kBa
 }
 
 template <typename T, int kVectors>
-__device__ void multiply_rows(const Product& p, Shared& shared) {
+__device__ void multiply_rows(const Product& p, Shared& shared, const float (&norm)[kVector]) {
   constexpr int kSlotRows = slot_rows(kVectors);
   const Share share(p);
   Cursor cursor;
@@ -170,6 +192,9 @@ __device__ void multiply_rows(const Product& p, Shared& shared) {
   const int lane = thread % 32;
   float x[kVectors][kVector];
   load_x<T>(p, x);
+  if constexpr (kVectors == 1) {
+    if (p.norm != nullptr) normalise<T>(p, shared, norm, x[0]);
+  }
   // Where x has ended it is 0, and the row's last unit stands in for what is not there.
   int unit[kVectors];
 #pragma unroll
@@ -215,11 +240,11 @@ __device__ void multiply_rows(const Product& p, Shared& shared) {
 
 // multiply_rows of as many vectors as the product needs.
 template <typename T, int kVectors = 1>
-__device__ void multiply(const Product& p, Shared& shared) {
+__device__ void multiply(const Product& p, Shared& shared, const float (&norm)[kVector]) {
   if constexpr (kVectors < kMaxVectors) {
-    if (p.units > kVectors * kConsumers) return multiply<T, 2 * kVectors>(p, shared);
+    if (p.units > kVectors * kConsumers) return multiply<T, 2 * kVectors>(p, shared, norm);
   }
-  multiply_rows<T, kVectors>(p, shared);
+  multiply_rows<T, kVectors>(p, shared, norm);
 }
 
 template <typename T>
@@ -241,8 +266,14 @@ __global__ void __launch_bounds__(kThreads, 1) linear_kernel(const __grid_consta
     }
     wait_for_previous();
   } else {
+    float norm[kVector] = {};  // read early: nobody writes weights
+    const int unit = static_cast<int>(threadIdx.x);
+    if (p.norm != nullptr && unit < p.units) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) norm[k] = p.norm[unit * kVector + k];
+    }
     wait_for_previous();
-    multiply<T>(p, shared);
+    multiply<T>(p, shared, norm);
   }
 }
 
@@ -253,6 +284,10 @@ bool multiplies(const LinearParams& p) {
          p.weight->inputs <= kMaxVectors * kConsumers * kVector;
 }
 
+bool normalises(const LinearParams& p) {
+  return multiplies(p) && p.weight->inputs <= kConsumers * kVector;
+}
+
 Status linear(const Backend& backend, const LinearParams& p, std::span<std::byte>) {
   const Device& device = device_of(backend);
   const int units = static_cast<int>(p.weight->inputs / kVector);
@@ -261,6 +296,8 @@ Status linear(const Backend& backend, const LinearParams& p, std::span<std::byte
                         .y = p.y,
                         .alpha = p.alpha,
                         .beta = p.accumulate ? 1.0f : 0.0f,
+                        .norm = static_cast<const float*>(p.norm),
+                        .epsilon = p.epsilon,
                         .outputs = static_cast<int>(p.weight->outputs),
                         .units = units,
                         .row_bytes = static_cast<int>(p.weight->inputs * 2),
