@@ -2,7 +2,8 @@
 """The table of bench/results/sanitizers/*.jsonl for docs/verification.md; render_results.py calls it.
 
 tools/gpu_sanitize.sh appends the lines: one for each tool and program, or for each shard of one. Of
-a tool and a program the lines of the last run count, all those with its date.
+a tool and a program the lines of the last run count, all those with its date; where there are fewer
+than shards, the run was stopped.
 """
 
 import json
@@ -12,7 +13,7 @@ BEGIN = "<!-- begin:sanitizers (tools/sanitizer_table.py writes what follows) --
 END = "<!-- end:sanitizers -->"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FIELDS = {
-    "name": str, "program": str, "cases": int, "reports": int, "seconds": int, "finished": bool,
+    "name": str, "program": str, "shards": int, "cases": int, "reports": int, "seconds": int, "finished": bool,
     "version": str, "device": str, "driver": str, "commit": str, "date": str,
 }
 
@@ -52,7 +53,8 @@ def cell(lines):
         return ""
     cases, reports = sum(r["cases"] for r in lines), sum(r["reports"] for r in lines)
     found = "no report" if reports == 0 else f"**{reports} report{'s' * (reports > 1)}**"
-    cut = "" if all(r["finished"] for r in lines) else ", **stopped**"
+    whole = len(lines) == lines[0]["shards"] and all(r["finished"] for r in lines)
+    cut = "" if whole else ", **stopped**"
     return f"{cases} cases, {found}{cut} ({max(r['seconds'] for r in lines)} s)"
 
 
