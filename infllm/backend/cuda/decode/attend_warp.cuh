@@ -8,8 +8,6 @@
 
 namespace infllm::cuda::decode {
 
-inline constexpr int kRowHeads = 16;
-
 template <typename T, int kDim>
 class WarpAttention {
  public:
@@ -56,24 +54,6 @@ class WarpAttention {
       tile::ldmatrix_x4_trans(values, stage.values + Ring::at(lane % 16, 2 * i + lane / 16));
       tile::mma_m16n8k16<T>(o_[2 * i], weights, {values[0], values[1]});
       tile::mma_m16n8k16<T>(o_[2 * i + 1], weights, {values[2], values[3]});
-    }
-  }
-
-  // Products of the 32 rows of a stage with the 16 heads, here the columns: x[m][t][2 r + j] is of
-  // row 16 m + 8 r + lane / 4 and head 8 t + 2 (lane % 4) + j.
-  template <typename Ring>
-  __device__ __forceinline__ void rows_times_queries(const T* rows, float (&x)[2][2][4]) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        std::uint32_t a[4];
-        tile::ldmatrix_x4(a, rows + Ring::at(16 * m + lane % 16, 2 * k + lane / 16));
-        // Heads as columns: the fragments of eight of them are two of those of sixteen rows.
-        tile::mma_m16n8k16<T>(x[m][0], a, {q_[k][0], q_[k][2]});
-        tile::mma_m16n8k16<T>(x[m][1], a, {q_[k][1], q_[k][3]});
-      }
     }
   }
 

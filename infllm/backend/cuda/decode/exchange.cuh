@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "infllm/backend/cuda/decode/row.cuh"
+
 namespace infllm::cuda::decode {
 
 // A NaN that no computation produces (those are 0x7fffffff), no key and no block.
@@ -82,13 +84,14 @@ __device__ __forceinline__ bool are_there(int count, const Words (&words)[kMost]
   return all;
 }
 
-// Waits for them.
+// Waits for them, by all lanes of a warp: they leave together, since what lanes do apart they do
+// one after another until something brings them together again.
 template <int kMost, typename Words>
 __device__ __forceinline__ void take(const std::uint32_t* cells, std::int64_t stride, int count,
                                      Words (&words)[kMost]) {
   do {
     look_at(cells, stride, count, words);
-  } while (!are_there(count, words));
+  } while (__any_sync(kAllLanes, !are_there(count, words)));
 }
 
 }  // namespace infllm::cuda::decode

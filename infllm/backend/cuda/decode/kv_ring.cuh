@@ -32,23 +32,6 @@ struct KvRing {
     fetch_rows(stages[stage].values, values, count);
   }
 
-  // All lanes fetch the 32 rows of a stage, keys and values alike; a lane names the row of its
-  // number, null for one that does not exist and becomes zeros. `any` is some address.
-  __device__ __forceinline__ void gather(int stage, const T* row, const T* any) {
-    exist[stage] = __ballot_sync(kAllLanes, row != nullptr);
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    T* to = stages[stage].keys;
-#pragma unroll 4
-    for (int j = 0; j < kPieces; ++j) {
-      const int i = 32 * j + lane;
-      const auto from = reinterpret_cast<const T*>(
-          __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(row), i / kPieces));
-      tile::cp_async_16(to + at(i / kPieces, i % kPieces),
-                        (from != nullptr ? from : any) + i % kPieces * kPieceElements,
-                        from != nullptr);
-    }
-  }
-
   // Rows from `count` on are zero, so that a product with their weight 0 is 0.
   __device__ __forceinline__ static void fetch_rows(T* to, const T* from, int count) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -67,8 +50,7 @@ struct KvRing {
   }
 
   Stage stages[kStages];
-  int counts[kStages];           // tokens that exist
-  std::uint32_t exist[kStages];  // rows, one a bit, after gather()
+  int counts[kStages];  // tokens that exist
 };
 
 }  // namespace infllm::cuda::decode

@@ -1,147 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The results of a row's parts on their way into one, through words of global memory
-// (exchange.cuh). Every part sends all its outputs and puts a share of them together, so every word
-// has one reader, who clears it when it is read.
+// (exchange.cuh). Every part sends all its outputs, and each of a row's warps puts some octets of
+// them together: eight neighbouring outputs of a head, a lane for each part.
+//
+// A part has two sets of words, used in turn, so that it can clear one while it has time, and not
+// when everybody has read it, at the end of the launch. Which one it uses is told by a count of its
+// launches, which the others read.
 #pragma once
 
+#include "infllm/backend/cuda/decode/direct_tile.cuh"
 #include "infllm/backend/cuda/decode/exchange.cuh"
-#include "infllm/backend/cuda/decode/merge.cuh"
 
 namespace infllm::cuda::decode {
 
 inline constexpr int kMaxResultParts = 32;
-inline constexpr int kMaxPartOutputs = kRowHeads * 128;
-inline constexpr int kMaxPartTotals = 4 * kMaxResultParts;  // two heads for each reader
-inline constexpr int kPartWords = kMaxPartOutputs + kMaxPartTotals;
+inline constexpr int kMaxOctets = kRowHeads * 128 / 8;
+// Of each octet its outputs, and the soft-max's maximum and sum.
+inline constexpr int kSetWords = kMaxOctets * (8 + 2);
+inline constexpr int kPartWords = 2 * kSetWords + 8;  // and the count
 
-// Four outputs of a head, not normalised, with the soft-max's maximum and sum.
-struct SoftMaxResult {
-  __device__ __forceinline__ void add(float other_top, float other_sum, float4 other) {
-    const float largest = fmaxf(top, other_top);
-    const float base = largest == -kInfinity ? 0 : largest;
-    const float mine = tile::fast_exp2(top - base);
-    const float its = tile::fast_exp2(other_top - base);
-    top = largest;
-    sum = mine * sum + its * other_sum;
-    o.x = mine * o.x + its * other.x;
-    o.y = mine * o.y + its * other.y;
-    o.z = mine * o.z + its * other.z;
-    o.w = mine * o.w + its * other.w;
-  }
-  __device__ __forceinline__ void add_lane(int step) {
-    add(__shfl_xor_sync(kAllLanes, top, step), __shfl_xor_sync(kAllLanes, sum, step),
-        make_float4(__shfl_xor_sync(kAllLanes, o.x, step), __shfl_xor_sync(kAllLanes, o.y, step),
-                    __shfl_xor_sync(kAllLanes, o.z, step), __shfl_xor_sync(kAllLanes, o.w, step)));
-  }
-
-  float top = -kInfinity;
-  float sum = 0;
-  float4 o = {};
-};
-
-// Units are four outputs; a part puts together a run of neighbouring ones.
 template <int kDim, int kThreads>
 class PartResults {
  public:
-  static constexpr int kWords = kPartWords;
-  struct Shared {
-    float4 o[kThreads];
-    float2 total[kThreads];
-  };
+  static constexpr int kHeadOctets = kDim / 8;
 
-  // words: of all parts of the row; group: its heads.
-  __device__ __forceinline__ PartResults(std::uint32_t* words, int part, int parts, int group)
-      : words_(words),
-        part_(part),
-        parts_(parts),
-        group_(group),
-        units_(group * kHeadUnits),
-        most_((units_ + parts - 1) / parts),
-        heads_((most_ + kHeadUnits - 2) / kHeadUnits + 1) {}
-
-  __device__ __forceinline__ void publish_outputs(int head, int d, float4 o) const {
-    if (head < group_) publish(words_ + part_ * kWords + head * kDim + d, o);
+  // The count of the part that is this lane's.
+  __device__ __forceinline__ static std::uint32_t look_at_count(const std::uint32_t* words,
+                                                                int parts) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    std::uint32_t count = 0;
+    if (lane < parts) look(words + lane * kPartWords + 2 * kSetWords, count);
+    return count;
   }
-  // To everybody who needs it, a copy of his own.
-  __device__ __forceinline__ void publish_total(int head, float top, float sum) const {
-    if (head >= group_) return;
-    const int last = reader_of((head + 1) * kHeadUnits - 1);
-    for (int reader = reader_of(head * kHeadUnits); reader <= last; ++reader) {
-      publish(total(part_, reader, head), make_float2(top, sum));
+
+  // words: of all parts of the row. By all warps, with a barrier before any of them publishes.
+  __device__ __forceinline__ PartResults(std::uint32_t* words, int part, int parts,
+                                         std::uint32_t count)
+      : words_(words), part_(part), parts_(parts) {
+    odd_ = __ballot_sync(kAllLanes, (count & 1) != 0);
+    next_count_ = __shfl_sync(kAllLanes, count, part) + 1;
+  }
+
+  // By all threads: this part's other set.
+  __device__ __forceinline__ void clear() const {
+    std::uint32_t* const other = words_ + part_ * kPartWords + (1 - turn(part_)) * kSetWords;
+#pragma unroll
+    for (int i = 0; i < kSetWords / 4; i += kThreads) {
+      const int piece = i + static_cast<int>(threadIdx.x);
+      if (piece < kSetWords / 4) {
+        publish(other + 4 * piece, make_uint4(kNothing, kNothing, kNothing, kNothing));
+      }
     }
   }
+  // By one thread, when all parts have sent something.
+  __device__ __forceinline__ void count() const {
+    publish(words_ + part_ * kPartWords + 2 * kSetWords, next_count_);
+  }
 
-  // By all threads: store(head, column, result) for this part's units.
+  // Outputs 2 pair and 2 pair + 1 of an octet, not normalised.
+  __device__ __forceinline__ void publish_outputs(int octet, int pair, float2 o) const {
+    publish(set(part_) + 8 * octet + 2 * pair, o);
+  }
+  __device__ __forceinline__ void publish_total(int octet, float top, float sum) const {
+    publish(set(part_) + 8 * kMaxOctets + 2 * octet, make_float2(top, sum));
+  }
+
+  // By a warp: waits for all parts' share of an octet; store(i, output, top, sum) is called by the
+  // lane that then has output i of it, not normalised, of everybody.
   template <typename Store>
-  __device__ __forceinline__ void gather(Shared& shared, const Store& store) const {
-    // Neighbouring threads have neighbouring units of one part's results; `lanes` of them all.
-    int lanes = 1;
-    while (lanes < most_) lanes *= 2;
-    const int groups = kThreads / lanes;
-    const int thread = static_cast<int>(threadIdx.x);
-    const int group = thread / lanes;
-    const int first = share(units_, part_, parts_);
-    const int end = share(units_, part_ + 1, parts_);
-    const int unit = first + thread % lanes;
-    const int head = unit / kHeadUnits;
-    constexpr int kMost = 4;  // of a thread: parts <= 4 groups
-    const int count = unit < end ? (parts_ - group + groups - 1) / groups : 0;
-    std::uint32_t* outputs = words_ + group * kWords + 4 * unit;
-    std::uint32_t* totals = total(group, part_, head);
-    const int stride = groups * kWords;
-    uint2 found_totals[kMost];
-    uint4 found[kMost];
+  __device__ __forceinline__ void gather(int octet, const Store& store) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const std::uint32_t* const from = set(lane);
+    uint4 words[2] = {};
+    uint2 total[1] = {make_uint2(__float_as_uint(-kInfinity), 0)};
+    const bool here = lane < parts_;
     do {
-      look_at(totals, stride, count, found_totals);
-      look_at(outputs, stride, count, found);
-    } while (!are_there(count, found_totals) || !are_there(count, found));
-    SoftMaxResult all;
+      look_at(from + 8 * octet, 4, here ? 2 : 0, words);
+      look_at(from + 8 * kMaxOctets + 2 * octet, 0, here ? 1 : 0, total);
+    } while (__any_sync(kAllLanes, !are_there(2, words) || !are_there(1, total)));
+    const float own = __uint_as_float(total[0].x);
+    float top = own;
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (i >= count) continue;
-      all.add(__uint_as_float(found_totals[i].x), __uint_as_float(found_totals[i].y),
-              make_float4(__uint_as_float(found[i].x), __uint_as_float(found[i].y),
-                          __uint_as_float(found[i].z), __uint_as_float(found[i].w)));
+    for (int step = 1; step < 32; step *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
     }
-#pragma unroll 1
-    for (int step = lanes; step < 32; step *= 2) all.add_lane(step);
-    shared.o[thread] = all.o;
-    shared.total[thread] = make_float2(all.top, all.sum);
-    __syncthreads();  // and all threads that share a total have read it
+    const float weight = own == -kInfinity ? 0 : tile::fast_exp2(own - top);
+    float sum = __uint_as_float(total[0].y) * weight;
+    float o[8] = {__uint_as_float(words[0].x), __uint_as_float(words[0].y),
+                  __uint_as_float(words[0].z), __uint_as_float(words[0].w),
+                  __uint_as_float(words[1].x), __uint_as_float(words[1].y),
+                  __uint_as_float(words[1].z), __uint_as_float(words[1].w)};
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (i >= count) continue;
-      publish(outputs + i * stride, make_uint4(kNothing, kNothing, kNothing, kNothing));
-      publish(totals + i * stride, make_uint2(kNothing, kNothing));
+    for (int i = 0; i < 8; ++i) o[i] *= weight;
+      // Each lane keeps half of its outputs, and gives the other half away, three times.
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2) {
+      const bool upper = (lane & 4 * half) != 0;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const float given = upper ? o[i] : o[half + i];
+        o[i] = (upper ? o[half + i] : o[i]) + __shfl_xor_sync(kAllLanes, given, 4 * half);
+      }
     }
-    if (thread >= end - first) return;
-    all = {};
-#pragma unroll 1
-    for (int i = thread; i < kThreads; i += max(lanes, 32)) {
-      all.add(shared.total[i].x, shared.total[i].y, shared.o[i]);
-    }
-    store(head, unit % kHeadUnits * 4, all);
+    float all = o[0];
+    all += __shfl_xor_sync(kAllLanes, all, 1);
+    all += __shfl_xor_sync(kAllLanes, all, 2);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (lane % 4 == 0) store(lane / 4, all, top, sum);
   }
 
  private:
-  static constexpr int kHeadUnits = kDim / 4;
-
-  // The part that puts a unit together.
-  __device__ __forceinline__ int reader_of(int unit) const {
-    return ((unit + 1) * parts_ + units_ - 1) / units_ - 1;
-  }
-  // Where a part tells `reader` about a head.
-  __device__ __forceinline__ std::uint32_t* total(int part, int reader, int head) const {
-    const int first = share(units_, reader, parts_) / kHeadUnits;
-    return words_ + part * kWords + kMaxPartOutputs + 2 * (reader * heads_ + head - first);
+  __device__ __forceinline__ int turn(int part) const { return static_cast<int>(odd_ >> part & 1); }
+  __device__ __forceinline__ std::uint32_t* set(int part) const {
+    return words_ + part * kPartWords + turn(part) * kSetWords;
   }
 
-  std::uint32_t* const words_;
-  const int part_, parts_, group_;
-  const int units_;
-  const int most_;   // units of a part
-  const int heads_;  // that these can belong to
+  std::uint32_t* const words_;  // [parts][kPartWords]
+  const int part_, parts_;
+  unsigned odd_;  // parts that use their second set
+  std::uint32_t next_count_;
 };
 
 }  // namespace infllm::cuda::decode

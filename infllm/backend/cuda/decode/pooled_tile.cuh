@@ -18,11 +18,6 @@ namespace infllm::cuda::decode {
 
 inline constexpr int kTileKeys = 16;
 
-// Element 2 i of `x` and 2 i + 1 are what steps 2 i and 2 i + 1 of the product need.
-__device__ __forceinline__ std::uint32_t word(const uint4& x, int i) {
-  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
-}
-
 // The queries of up to 8 kTiles heads, as the right operand. Heads that do not exist are zero.
 template <typename T, int kDim, int kTiles>
 struct GroupQueries {

@@ -21,12 +21,18 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr unsigned kPortableCluster = 8;
 inline constexpr unsigned kLargestCluster = 16;
 
+inline constexpr int kRowHeads = 16;  // of a group that a product takes at a time
+
 inline constexpr int kMaxCandidates = 16384;  // blocks to choose from: 1M tokens
 
 // Logarithms of the pooled rows of a page.
 inline constexpr int kFineShift = 2;
 inline constexpr int kCoarseShift = 0;
 static_assert(kFineRows == 1 << kFineShift && kCoarseRows == 1 << kCoarseShift);
+
+__device__ __forceinline__ std::uint32_t word(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
 
 // Where part `index` of `parts` begins when `total` things are shared out; total times parts fits
 // 32 bits.

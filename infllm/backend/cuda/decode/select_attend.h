@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // score_select and attend (ops/select_attend.h) in one launch, for steps with one token per
-// sequence and few enough rows, (sequence, KV head), that a row has at least two multiprocessors.
+// sequence and few enough rows, (sequence, KV head), that a row has at least 16 multiprocessors.
 // For 9.0.
 //
 // Every row has the same number of thread blocks, its parts, all of them resident at once. They
@@ -17,7 +17,8 @@
 
 namespace infllm::cuda::decode {
 
-// Groups of at most 16 heads, heads of 64 or 128, scores compared as bf16.
+// Groups of at most 16 heads, heads of 64 or 128, budgets of at most 256 blocks, scores compared as
+// bf16.
 bool select_attends(const Backend& backend, const SelectAttendParams& params);
 
 Status select_attend(const Backend& backend, const SelectAttendParams& params,

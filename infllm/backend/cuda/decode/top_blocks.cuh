@@ -57,6 +57,10 @@ __device__ __forceinline__ BlockKeys load_keys(const BlockKeys* keys, int block)
 __device__ __forceinline__ BlockKeys load_keys(const std::uint32_t* keys, int block) {
   return {keys[block] >> 16, keys[block] & 0xffff};
 }
+// Of blocks that have what overlaps them already.
+__device__ __forceinline__ BlockKeys load_keys(const std::uint16_t* keys, int block) {
+  return {keys[block], 0};
+}
 
 // The largest number that at least `need` keys reach; leaves in `need` how many of those that equal
 // it belong to them. By all threads; each(visit) calls visit(key) for those of one thread.
@@ -184,64 +188,6 @@ __device__ __forceinline__ void choose_blocks(const Keys* keys, int first, int e
                                               int key_bits, TopBlocksShared<kThreads>& shared,
                                               std::int32_t* out) {
   TopBlocks<kThreads, Keys>(keys, first, end, shared).choose(need, key_bits, out);
-}
-
-// The same for candidates that a thread has in registers: keys[j][c] is of block
-// 4 (j kThreads + thread) + c, if that is one of first .. end - 1.
-template <int kThreads>
-__device__ __forceinline__ void choose_blocks(const std::uint32_t (&keys)[2][4], int first, int end,
-                                              int need, int key_bits,
-                                              TopBlocksShared<kThreads>& shared,
-                                              std::int32_t* out) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const auto block = [&](int j, int c) { return 4 * (j * kThreads + thread) + c; };
-  const auto is_candidate = [&](int j, int c) { return block(j, c) >= first && block(j, c) < end; };
-  int wanted_equals = need;
-  const std::uint32_t least = kth_largest(
-      [&](const auto& visit) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (is_candidate(i / 4, i % 4)) visit(keys[i / 4][i % 4]);
-        }
-      },
-      key_bits, wanted_equals, shared);
-  // Bytes: above and equal of keys[0], above and equal of keys[1]; of a warp at most 128 each.
-  std::uint32_t mine = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const std::uint32_t key = keys[i / 4][i % 4];
-    if (is_candidate(i / 4, i % 4) && key >= least)
-      mine += 1u << (i / 4 * 16 + (key == least ? 8 : 0));
-  }
-  std::uint32_t sum = mine;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const std::uint32_t left = __shfl_up_sync(kAllLanes, sum, step);
-    if (thread % 32 >= step) sum += left;
-  }
-  if (thread % 32 == 31) shared.above[thread / 32] = sum;
-  __syncthreads();
-  const std::uint32_t before = sum - mine;
-  int above[2] = {static_cast<int>(before & 0xff), static_cast<int>(before >> 16 & 0xff)};
-  int equal[2] = {static_cast<int>(before >> 8 & 0xff), static_cast<int>(before >> 24)};
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) {
-    const std::uint32_t total = shared.above[w];
-    const bool left = w < thread / 32;
-    above[0] += left ? static_cast<int>(total & 0xff) : 0;
-    equal[0] += left ? static_cast<int>(total >> 8 & 0xff) : 0;
-    above[1] += static_cast<int>(total & 0xff) + (left ? static_cast<int>(total >> 16 & 0xff) : 0);
-    equal[1] += static_cast<int>(total >> 8 & 0xff) + (left ? static_cast<int>(total >> 24) : 0);
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const std::uint32_t key = keys[i / 4][i % 4];
-    if (!is_candidate(i / 4, i % 4) || key < least) continue;
-    if (key > least || equal[i / 4] < wanted_equals) {
-      out[above[i / 4] + min(equal[i / 4], wanted_equals)] = block(i / 4, i % 4);
-    }
-    (key > least ? above[i / 4] : equal[i / 4]) += 1;
-  }
 }
 
 }  // namespace infllm::cuda::decode
