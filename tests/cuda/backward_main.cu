@@ -180,6 +180,11 @@ std::vector<Case> cases() {
     c.dim = 128;
     c.spans = {{0, 5000}, {100, 2400, false}, {0, 2300}};
   });
+  add("one long, many short", [](Case& c) {
+    c.group = 8;
+    c.spans = {{0, 3000, false}};
+    for (int i = 0; i < 200; ++i) c.spans.push_back({0, 1 + i % 5});
+  });
   return list;
 }
 

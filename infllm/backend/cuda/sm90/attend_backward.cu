@@ -17,6 +17,10 @@ bool is_sparse(const AttendParams& forward) {
   return forward.selection != nullptr && forward.batch.any_sparse;
 }
 
+bool takes_one_pass(const AttendParams& forward) {
+  return !is_sparse(forward) && suits_dense_gradient(forward);
+}
+
 }  // namespace
 
 bool attends_backward(const AttendBackwardParams& params) {
@@ -39,7 +43,7 @@ Status attend_backward(const Backend& backend, const AttendBackwardParams& param
   auto* stats = arena.take<RowStatistics>(rows);
   const std::span<std::byte> rest = arena.rest();
   if (rows > 0) INFLLM_TRY(backward::take_statistics(backend, params, stats));
-  if (!is_sparse(params.forward)) return dense_gradient(backend, params, stats, rest);
+  if (takes_one_pass(params.forward)) return dense_gradient(backend, params, stats, rest);
   if (rows > 0) INFLLM_TRY(query_gradient(backend, params, stats, rest));
   return key_gradient(backend, params, stats, rest);
 }
@@ -47,9 +51,9 @@ Status attend_backward(const Backend& backend, const AttendBackwardParams& param
 std::size_t attend_backward_bytes(const Backend&, const AttendBackwardParams& params) {
   ArenaSize size;
   size.take<RowStatistics>(rows_of(params));
-  size.add(is_sparse(params.forward)
-               ? std::max(query_gradient_bytes(params), key_gradient_bytes(params))
-               : dense_gradient_bytes(params));
+  size.add(takes_one_pass(params.forward)
+               ? dense_gradient_bytes(params)
+               : std::max(query_gradient_bytes(params), key_gradient_bytes(params)));
   return size.bytes();
 }
 

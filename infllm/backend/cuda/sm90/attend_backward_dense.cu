@@ -46,6 +46,9 @@ struct DensePlan {
     taker(a.next, std::int64_t{1});
   }
 
+  // Thread blocks of all launches, most of which find nothing to do if lengths differ much.
+  std::int64_t items() const { return chunks * sequences * heads * pairs; }
+
   std::int64_t heads;
   std::int64_t group;
   std::int64_t sum_floats;  // of 64 keys or rows
@@ -104,6 +107,15 @@ Status run(const Device& device, const AttendBackwardParams& p, const DensePlan&
 }
 
 }  // namespace
+
+bool suits_dense_gradient(const AttendParams& forward) {
+  constexpr std::int64_t kFew = 4096;  // take no time
+  const DensePlan plan(forward);
+  // If all tokens were one sequence's.
+  const std::int64_t together =
+      plan.heads * plan.pairs * ceil_div(forward.batch.num_tokens, kChunkTiles * (64 / plan.group));
+  return plan.items() <= std::max(kFew, 4 * together);
+}
 
 Status dense_gradient(const Backend& backend, const AttendBackwardParams& params,
                       const RowStatistics* stats, std::span<std::byte> workspace) {

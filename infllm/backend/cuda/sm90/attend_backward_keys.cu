@@ -62,6 +62,7 @@ Status key_gradient(const Backend& backend, const AttendBackwardParams& params,
                            .group_log2 = std::countr_zero(
                                static_cast<unsigned>(forward.heads_q / layout.kv_heads))},
                   .choosers = backward::choosers(forward)};
+  if (forward.selection == nullptr) args.keys.batch.any_sparse = false;
   Arena arena(workspace);
   take(
       forward, args.choosers,

@@ -20,7 +20,9 @@ Status key_gradient(const Backend& backend, const AttendBackwardParams& params,
                     const RowStatistics* stats, std::span<std::byte> workspace);
 std::size_t key_gradient_bytes(const AttendBackwardParams& params);
 
-// All three, of a batch without sparse sequences.
+// All three, of a batch without sparse sequences. It does not suit one long sequence among many
+// short ones: the host knows the longest alone, and most thread blocks would find nothing to do.
+bool suits_dense_gradient(const AttendParams& forward);
 Status dense_gradient(const Backend& backend, const AttendBackwardParams& params,
                       const RowStatistics* stats, std::span<std::byte> workspace);
 std::size_t dense_gradient_bytes(const AttendBackwardParams& params);
