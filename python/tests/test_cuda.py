@@ -45,7 +45,7 @@ def test_on_another_stream() -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
+        torch.cuda._sleep(1_000_000_000)  # half a second: others may use the device too
         late.copy_(q)
         out = infllm.attention(late, k, v, sparse_config=SMALL)
         done = not stream.query()

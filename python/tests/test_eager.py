@@ -167,7 +167,7 @@ def test_another_stream_has_its_own_plan() -> None:
     eager._uniform.cache_clear()
     late, soon = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(late):
-        torch.cuda._sleep(100_000_000)
+        torch.cuda._sleep(1_000_000_000)  # half a second: others may use the device too
         infllm.attention(q, k, v, sparse_config=SMALL)
     with torch.cuda.stream(soon):
         out = infllm.attention(q, k, v, sparse_config=SMALL)
