@@ -239,22 +239,21 @@ class Part {
     DirectTile<T, kDim> normaliser_rows;
     DirectTile<T, kDim> rows[kItemTiles];
     unsigned exist[kItemTiles];
+    if (place_ < normaliser_tiles_) normaliser_rows.load(first_normaliser_.row);
     q_.load(queries(a_.q_score), group_);
-    normaliser_rows.load(first_normaliser_.row);
-    normalise(normaliser_rows, first_normaliser_.exist);
-    // Not before: they would hold up what other warps wait for.
 #pragma unroll
     for (int t = 0; t < kItemTiles; ++t) {
-      rows[t].load(first_fine_[t].row);
+      if (place_ < score_items_) rows[t].load(first_fine_[t].row);
       exist[t] = first_fine_[t].exist;
     }
+    if (place_ < normaliser_tiles_) normalise(normaliser_rows, first_normaliser_.exist);
     if (place_ + places_ < normaliser_tiles_) normalise_more();
     publish_normalisers();
     warm_page_table();
     float x[kItemTiles][4];
-    multiply(rows, x);
-    gather_normalisers();
+    if (place_ < score_items_) multiply(rows, x);
     fetch_first();
+    gather_normalisers();
     if (place_ < score_items_) publish_keys(x, exist, place_);
     if (place_ + places_ < score_items_) score_more(rows);
   }
