@@ -283,12 +283,31 @@ def longest(measurements):
     return best.values()
 
 
+def writing(measurements):
+    """A sentence for each model on a device: tokens a second behind long contexts."""
+    speeds = {}
+    for r in sorted(measurements, key=lambda r: r["shape"].get("depth", 0)):
+        shape = r["shape"]
+        written = r["name"] == "model.decode" and shape.get("depth")
+        if written and shape.get("attention") == "sparse" and {"model", "weights"} <= shape.keys():
+            behind = tokens_label(shape["depth"])
+            if behind.isdigit():
+                behind = f"{int(behind):,}"
+            speeds.setdefault((r["device"], shape["model"], shape["weights"]), []).append(
+                f'{number(1000 * shape["tokens"] / r["ms"])} behind {behind}')
+    return "".join(f"Tokens a second that a model of the shape {model}, {weights}, writes on "
+                   f'{device}: {", ".join(of)} tokens.\n'
+                   for (device, model, weights), of in speeds.items())
+
+
 def readme_numbers(measurements, evaluations):
     rows = [[HEADLINES[r["name"]], r["device"], shape_label(r["shape"]), length_label(r["shape"]),
              duration(r["ms"]), f'{bound(r)}{duration(r["peer_ms"])} ({r["peer"]})',
              f'{bound(r)}{number(r["ratio"])}x'] for r in longest(measurements)]
     out = [table(["what", "on", "shape", "tokens", "infllm.cpp", "beside", "ratio"],
                  rows)] if rows else []
+    if sentences := writing(measurements):
+        out.append(sentences)
     # The engine's own answers, where there are some; the trainer's are in docs/performance.md.
     own = [r for r in evaluations if r["backend"] != "pytorch"]
     totals = [row for row in evaluation_rows(own or evaluations) if row[2] == ALL_TASKS]

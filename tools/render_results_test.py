@@ -29,6 +29,11 @@ def evaluation(**changes):
     return {**record, **changes}
 
 
+def written(depth, **changes):
+    shape = {"model": "8b", "weights": "bfloat16", "attention": "sparse", "tokens": 64, "depth": depth}
+    return {"name": "model.decode", "device": "Some GPU", "ms": 320.0, "shape": {**shape, **changes}}
+
+
 class SchemaTest(unittest.TestCase):
     def refused(self, record, message):
         with self.assertRaisesRegex(results.BadResult, message):
@@ -225,6 +230,18 @@ class ChartTest(unittest.TestCase):
         self.assertLess(x0, x1)
         self.assertGreater(y0, y1)
         self.assertEqual(picture.find("{*}text").text, "a < b & c")
+
+
+class WritingTest(unittest.TestCase):
+    def test_tokens_a_second_by_depth(self):
+        records = [written(1000000), written(32768), written(0), written(32768, attention="dense")]
+        self.assertEqual(
+            render_results.writing(records),
+            "Tokens a second that a model of the shape 8b, bfloat16, writes on Some GPU: "
+            "200 behind 32K, 200 behind 1,000,000 tokens.\n")
+
+    def test_nothing_without_such_a_run(self):
+        self.assertEqual(render_results.writing([measurement()]), "")
 
 
 if __name__ == "__main__":
