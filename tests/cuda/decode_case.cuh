@@ -11,7 +11,6 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <string>
 #include <vector>
@@ -21,22 +20,12 @@
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/ops/attend.h"
 #include "infllm/ops/score_select.h"
+#include "tests/cuda/must.h"
 #include "tests/cuda/poison.h"
 
 namespace infllm::decode_check {
 
-inline void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("FAILED: %s\n", cudaGetErrorString(error));
-  std::fflush(stdout);
-  std::exit(1);
-}
-inline void must(const Status& status) {
-  if (status.ok()) return;
-  std::printf("FAILED: %s\n", status.message().c_str());
-  std::fflush(stdout);
-  std::exit(1);
-}
+using cuda::must;
 
 enum class Content { kNatural, kZeroQueries, kRepeatedKeys };
 

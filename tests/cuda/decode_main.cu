@@ -288,23 +288,7 @@ double time(const Backend& backend, const Case& c, const std::function<void(int)
   const Graph graph(backend, [&] {
     for (int i = 0; i < 32; ++i) layer(i % layers);
   });
-  cudaEvent_t start, end;
-  must(cudaEventCreate(&start));
-  must(cudaEventCreate(&end));
-  std::vector<float> samples;
-  for (int i = 0; i < 13; ++i) {
-    must(cudaEventRecord(start, stream));
-    graph.replay();
-    must(cudaEventRecord(end, stream));
-    must(cudaStreamSynchronize(stream));
-    float ms = 0;
-    must(cudaEventElapsedTime(&ms, start, end));
-    if (i >= 2) samples.push_back(ms);
-  }
-  must(cudaEventDestroy(start));
-  must(cudaEventDestroy(end));
-  std::sort(samples.begin(), samples.end());
-  return 1000.0 * samples[samples.size() / 2] / 32;
+  return 1000.0 * cuda::milliseconds(stream, 2, 11, [&] { graph.replay(); })[5] / 32;
 }
 
 void report(const Backend& backend, int batch, int context, bool dense, Way way) {

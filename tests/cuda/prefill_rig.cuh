@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -24,20 +23,10 @@
 #include "infllm/ops/attend.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/select.h"
+#include "tests/cuda/must.h"
 #include "tests/cuda/poison.h"
 
 namespace infllm::cuda {
-
-inline void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(2);
-}
-inline void must(const Status& status) {
-  if (status.ok()) return;
-  std::printf("%s\n", status.message().c_str());
-  std::exit(2);
-}
 
 // Device memory, poisoned. The columns' stream does not wait for the default one, on which memory
 // is filled: what is filled here is there when the constructor returns.

@@ -252,7 +252,7 @@ class Judge {
         PagePool(step_.params().score.pages), step_.params().score.batch, case_.config, case_.group,
         case_.dim, step_.params().score.scale, step_.queries(), places.data(), sums.data(), stride,
         scores.data(), blocks);
-    must(cudaDeviceSynchronize(), "reference");
+    must(cudaDeviceSynchronize());
     return scores.host();
   }
 

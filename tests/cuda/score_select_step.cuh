@@ -15,7 +15,6 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -25,6 +24,7 @@
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/backend/cuda/sm90/score_select.h"
+#include "tests/cuda/must.h"
 #include "tests/cuda/poison.h"
 
 namespace infllm::cuda {
@@ -39,26 +39,15 @@ inline std::string text(const char* format, ...) {
   return buffer;
 }
 
-inline void must(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(2);
-}
-inline void must(const Status& status) {
-  if (status.ok()) return;
-  std::printf("%s\n", status.message().c_str());
-  std::exit(2);
-}
-
 template <typename T>
 class Array {
  public:
   Array() = default;
   explicit Array(std::size_t count) : count_(count) {
-    must(cudaMalloc(&data_, std::max<std::size_t>(count, 1) * sizeof(T)), "cudaMalloc");
+    must(cudaMalloc(&data_, std::max<std::size_t>(count, 1) * sizeof(T)));
   }
   explicit Array(const std::vector<T>& host) : Array(host.size()) {
-    must(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyDefault), "copy in");
+    must(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyDefault));
   }
   Array(Array&& other) noexcept { *this = std::move(other); }
   Array& operator=(Array&& other) noexcept {
@@ -71,7 +60,7 @@ class Array {
   std::size_t size() const { return count_; }
   std::vector<T> host() const {
     std::vector<T> out(count_);
-    must(cudaMemcpy(out.data(), data_, count_ * sizeof(T), cudaMemcpyDefault), "copy out");
+    must(cudaMemcpy(out.data(), data_, count_ * sizeof(T), cudaMemcpyDefault));
     return out;
   }
 
@@ -164,7 +153,7 @@ class Step {
  public:
   explicit Step(const Case& c) : case_(c), state_(std::make_shared<Device>()) {
     state_->capability = 90;
-    must(cudaDeviceGetAttribute(&state_->sm_count, cudaDevAttrMultiProcessorCount, 0), "SMs");
+    must(cudaDeviceGetAttribute(&state_->sm_count, cudaDevAttrMultiProcessorCount, 0));
     backend_.name = "cuda:0:sm90";
     backend_.state = state_;
     const int count = static_cast<int>(c.lengths.size());
@@ -206,7 +195,7 @@ class Step {
         .dtype = c.dtype, .kv_heads = c.heads_kv, .head_dim = c.dim, .config = c.config};
     const std::int64_t page_bytes = PageMap(layout).bytes();
     page_memory_ = Array<std::byte>(static_cast<std::size_t>(pages * page_bytes));
-    must(cudaMemset(page_memory_.data(), 0xff, page_memory_.size()), "poison");
+    must(cudaMemset(page_memory_.data(), 0xff, page_memory_.size()));
     pages_ = {page_memory_.data(), layout, page_bytes, static_cast<std::int32_t>(pages)};
     fill_pages<T><<<dim3(max_pages, count), 256>>>(PagePool(pages_), batch_, c.dim, c.content);
 
@@ -216,7 +205,7 @@ class Step {
     fill_queries<T>
         <<<dim3((width + 127) / 128, (batch_.num_tokens + kQueryChunk - 1) / kQueryChunk), 128>>>(
             q_.data(), batch_.num_tokens, width, spread, c.correlation);
-    must(cudaDeviceSynchronize(), "filling");
+    must(cudaDeviceSynchronize());
     scale_ = 1 / std::sqrt(static_cast<float>(c.dim));
     params_ = {.score = {.pages = pages_,
                          .batch = batch_,
@@ -229,7 +218,7 @@ class Step {
         Array<std::int32_t>(static_cast<std::size_t>(c.heads_kv) * batch_.num_tokens * columns());
     params_.select.selection = selection_.data();
     workspace_ = Array<std::byte>(workspace_bytes());
-    must(poison(workspace_.data(), workspace_.size()), "poison");
+    must(poison(workspace_.data(), workspace_.size()));
   }
 
   int columns() const { return params_.select.columns(); }
@@ -242,9 +231,9 @@ class Step {
   // What the last launch selected.
   std::vector<std::int32_t> selection() const { return selection_.host(); }
   std::vector<std::int32_t> select() {
-    must(cudaMemset(selection_.data(), 0x55, selection_.size() * 4), "poison");
+    must(cudaMemset(selection_.data(), 0x55, selection_.size() * 4));
     launch();
-    must(cudaDeviceSynchronize(), "score_select");
+    must(cudaDeviceSynchronize());
     return selection_.host();
   }
 
@@ -252,15 +241,15 @@ class Step {
   std::vector<float> measure() {
     for (int i = 0; i < 2; ++i) launch();
     cudaEvent_t from, to;
-    must(cudaEventCreate(&from), "event");
-    must(cudaEventCreate(&to), "event");
+    must(cudaEventCreate(&from));
+    must(cudaEventCreate(&to));
     std::vector<float> times;
     float total = 0;
     while (times.size() < 3 || (times.size() < 15 && total < 150)) {
       cudaEventRecord(from);
       launch();
       cudaEventRecord(to);
-      must(cudaEventSynchronize(to), "score_select");
+      must(cudaEventSynchronize(to));
       float ms = 0;
       cudaEventElapsedTime(&ms, from, to);
       times.push_back(ms);

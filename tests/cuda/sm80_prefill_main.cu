@@ -180,22 +180,9 @@ std::vector<Case> tiny_cases() {
 }
 
 // Median of five, in milliseconds.
-double time_of(cudaStream_t stream, const std::function<void()>& run) {
-  cudaEvent_t begin, end;
-  must(cudaEventCreate(&begin));
-  must(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 6; ++i) {
-    must(cudaEventRecord(begin, stream));
-    run();
-    must(cudaEventRecord(end, stream));
-    must(cudaEventSynchronize(end));
-    float ms = 0;
-    must(cudaEventElapsedTime(&ms, begin, end));
-    if (i > 0) times.push_back(ms);
-  }
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+template <typename Run>
+double time_of(cudaStream_t stream, Run&& run) {
+  return milliseconds(stream, 1, 5, run)[2];
 }
 
 // Tokens [length - tokens, length) of one sequence.

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -17,42 +16,28 @@
 
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/ops/attend.h"
+#include "tests/cuda/must.h"
 #include "tests/cuda/poison.h"
 
 namespace infllm::cuda::testing {
-
-#define MUST(call)                                                               \
-  do {                                                                           \
-    const cudaError_t error = (call);                                            \
-    if (error != cudaSuccess) {                                                  \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
-      std::exit(2);                                                              \
-    }                                                                            \
-  } while (false)
-
-inline void must(const Status& status) {
-  if (status.ok()) return;
-  std::printf("%s\n", status.message().c_str());
-  std::exit(2);
-}
 
 template <typename T>
 class Array {
  public:
   explicit Array(std::int64_t count) : count_(count) {
-    MUST(
+    must(
         cudaMalloc(&data_, static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(T)));
-    MUST(poison(data_, static_cast<std::size_t>(count) * sizeof(T)));
+    must(poison(data_, static_cast<std::size_t>(count) * sizeof(T)));
   }
   explicit Array(const std::vector<T>& host) : Array(static_cast<std::int64_t>(host.size())) {
-    MUST(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    must(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
   }
   Array(const Array&) = delete;
   ~Array() { cudaFree(data_); }
   T* get() const { return data_; }
   std::vector<T> read(std::int64_t first, std::int64_t count) const {
     std::vector<T> host(static_cast<std::size_t>(count));
-    MUST(cudaMemcpy(host.data(), data_ + first, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
+    must(cudaMemcpy(host.data(), data_ + first, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
     return host;
   }
   std::vector<T> read() const { return read(0, count_); }
@@ -258,7 +243,7 @@ struct Bed {
     params.pages.page_bytes = PageMap(layout).bytes();
     const std::int64_t bytes = params.pages.page_bytes * pages;
     memory = std::make_unique<Array<std::byte>>(bytes);
-    MUST(cudaMemset(memory->get(), 0xff, static_cast<std::size_t>(bytes)));  // read, but masked
+    must(cudaMemset(memory->get(), 0xff, static_cast<std::size_t>(bytes)));  // read, but masked
     params.pages.data = memory->get();
     d_starts = std::make_unique<Array<std::int32_t>>(starts);
     d_lengths = std::make_unique<Array<std::int32_t>>(lengths);
@@ -285,7 +270,7 @@ struct Bed {
     o = std::make_unique<Array<T>>(elements);
     lse = std::make_unique<Array<float>>(std::int64_t{tokens} * heads());
     fill_rows<T><<<1024, 256>>>(q->get(), kQuery, elements, query_scale);
-    MUST(cudaGetLastError());
+    must(cudaGetLastError());
     params.heads_q = heads();
     params.scale = 1 / std::sqrt(static_cast<float>(c.dim));
     params.q = q->get();
@@ -293,7 +278,7 @@ struct Bed {
     params.lse = lse->get();
     scale_of_q = query_scale;
     if (c.columns > 0) choose(random);
-    MUST(cudaDeviceSynchronize());
+    must(cudaDeviceSynchronize());
   }
 
   int heads() const { return test.heads_kv * test.group; }
@@ -332,21 +317,21 @@ struct Bed {
   // The released budget on one sequence.
   void draw(float rho) {
     const std::size_t shared = static_cast<std::size_t>((tokens + 63) / 64 + 4) * sizeof(float);
-    MUST(cudaFuncSetAttribute(draw_selection, cudaFuncAttributeMaxDynamicSharedMemorySize, 131072));
+    must(cudaFuncSetAttribute(draw_selection, cudaFuncAttributeMaxDynamicSharedMemorySize, 131072));
     d_selection =
         std::make_unique<Array<std::int32_t>>(std::int64_t{test.heads_kv} * tokens * kBudget);
     draw_selection<<<dim3(static_cast<unsigned>((tokens + 255) / 256),
                           static_cast<unsigned>(test.heads_kv)),
                      256, shared>>>(d_selection->get(), tokens, rho);
-    MUST(cudaDeviceSynchronize());
+    must(cudaDeviceSynchronize());
     params.selection = d_selection->get();
     params.columns = kBudget;
   }
 
   void poison() {
-    MUST(cuda::poison(
+    must(cuda::poison(
         o->get(), static_cast<std::size_t>(std::int64_t{tokens} * heads() * test.dim) * sizeof(T)));
-    MUST(cuda::poison(lse->get(), static_cast<std::size_t>(tokens) *
+    must(cuda::poison(lse->get(), static_cast<std::size_t>(tokens) *
                                       static_cast<std::size_t>(heads()) * sizeof(float)));
   }
 

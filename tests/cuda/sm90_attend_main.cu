@@ -65,7 +65,7 @@ const std::vector<Runner>& runners() {
 
 int sm_count() {
   int count = 0;
-  MUST(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
+  must(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
   return count;
 }
 
@@ -74,7 +74,7 @@ void run_once(Bed<T>& bed, const Runner& r) {
   Array<std::byte> workspace(static_cast<std::int64_t>(r.bytes(bed.params)));
   bed.poison();
   must(r.run(bed.params, {workspace.get(), r.bytes(bed.params)}, nullptr, sm_count()));
-  MUST(cudaDeviceSynchronize());
+  must(cudaDeviceSynchronize());
 }
 
 std::vector<Case> cases() {
@@ -172,7 +172,7 @@ bool check_all(const char* type, const std::vector<Case>& chosen, bool once) {
         }
         Array<std::byte> workspace(static_cast<std::int64_t>(r.bytes(alone)));
         must(r.run(alone, {workspace.get(), r.bytes(alone)}, nullptr, sm_count()));
-        MUST(cudaDeviceSynchronize());
+        must(cudaDeviceSynchronize());
         if (std::memcmp(out.read().data(), o.data() + bed.starts[b] * row,
                         static_cast<std::size_t>(tokens * row) * sizeof(T)) != 0) {
           std::printf("FAIL %s %s: sequence %zu alone differs\n", c.name.c_str(), r.name, b);
@@ -186,20 +186,9 @@ bool check_all(const char* type, const std::vector<Case>& chosen, bool once) {
 
 double median_ms(const AttendParams& params, const Runner& r, Array<std::byte>& workspace,
                  std::size_t bytes, int repeats, double& low) {
-  std::vector<float> times;
-  cudaEvent_t begin, end;
-  MUST(cudaEventCreate(&begin));
-  MUST(cudaEventCreate(&end));
-  for (int i = -2; i < repeats; ++i) {
-    MUST(cudaEventRecord(begin));
+  const std::vector<float> times = milliseconds(nullptr, 2, repeats, [&] {
     must(r.run(params, {workspace.get(), bytes}, nullptr, sm_count()));
-    MUST(cudaEventRecord(end));
-    MUST(cudaEventSynchronize(end));
-    float ms = 0;
-    MUST(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 0) times.push_back(ms);
-  }
-  std::sort(times.begin(), times.end());
+  });
   low = times.front();
   return times[times.size() / 2];
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "infllm/backend/cuda/tile/tensor_map.h"
+#include "tests/cuda/must.h"
 #include "tests/cuda/poison.h"
 
 namespace infllm::cuda::tile {
@@ -21,12 +22,6 @@ inline int failures = 0;
 inline void verdict(const std::string& what, bool good) {
   std::printf("%s %s\n", good ? "ok  " : "FAIL", what.c_str());
   if (!good) ++failures;
-}
-
-inline void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(2);
 }
 
 template <typename T>

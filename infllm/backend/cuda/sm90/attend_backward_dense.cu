@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <bit>
-
 #include "infllm/backend/cuda/numbers.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_dense.cuh"
-#include "infllm/backend/cuda/sm90/attend_launch.cuh"
+#include "infllm/backend/cuda/sm90/attend_backward_launch.cuh"
 
 namespace infllm::cuda::sm90 {
 namespace {
@@ -65,27 +63,16 @@ struct DensePlan {
 template <class C>
 Status run(const Device& device, const AttendBackwardParams& p, const DensePlan& plan,
            DenseArgs args) {
-  const AttendParams& forward = p.forward;
   const cudaStream_t stream = device.stream;
   const auto clear = [&](unsigned* words, std::int64_t count) {
     return to_status("attend_backward",
                      cudaMemsetAsync(words, 0, count * sizeof(unsigned), stream));
   };
   if (plan.launches > 0) {
-    const auto tokens = static_cast<std::uint32_t>(64 / plan.group);
-    const CUtensorMap maps[] = {
-        INFLLM_TRY(rows_map(forward, forward.q, 1, 1)),
-        INFLLM_TRY(rows_map(forward, forward.q, tokens, 1)),
-        INFLLM_TRY(rows_map(forward, p.grad_o, 1, 1)),
-        INFLLM_TRY(rows_map(forward, p.grad_o, tokens, 1)),
-        INFLLM_TRY(plane_map(forward.pages, args.keys.pool.map.key(0), C::kPanels)),
-        INFLLM_TRY(plane_map(forward.pages, args.keys.pool.map.value(0), C::kPanels))};
+    const KeyMaps maps = INFLLM_TRY(key_maps<C>(p, args.keys));
     constexpr std::size_t kShared = sizeof(DenseShared<C>) + 1024;
-    static_assert(kShared <= kSharedLimit);
     constexpr auto kernel = dense_gradient_kernel<C>;
-    INFLLM_TRY(to_status(
-        "attend_backward",
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)));
+    INFLLM_TRY(allow_shared<kShared>(kernel));
     INFLLM_TRY(clear(args.key_turns, plan.blocks));
     for (std::int64_t i = 0; i < plan.launches; ++i) {
       args.first_chunk = static_cast<std::int32_t>(i * plan.chunks_at_once);
@@ -119,20 +106,10 @@ bool suits_dense_gradient(const AttendParams& forward) {
 
 Status dense_gradient(const Backend& backend, const AttendBackwardParams& params,
                       const RowStatistics* stats, std::span<std::byte> workspace) {
-  constexpr double kLog2E = 1.4426950408889634;
   const AttendParams& forward = params.forward;
   const KvLayout& layout = forward.pages.layout;
   const DensePlan plan(forward);
-  DenseArgs args{.keys = {.batch = forward.batch,
-                          .pool = PagePool(forward.pages),
-                          .stats = stats,
-                          .grad_k = params.grad_k,
-                          .grad_v = params.grad_v,
-                          .sums = nullptr,
-                          .scale = forward.scale,
-                          .c = static_cast<float>(forward.scale * kLog2E),
-                          .heads = layout.kv_heads,
-                          .group_log2 = std::countr_zero(static_cast<unsigned>(plan.group))},
+  DenseArgs args{.keys = key_args(params, stats),
                  .query_sums = nullptr,
                  .query_turns = nullptr,
                  .key_turns = nullptr,

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <bit>
-
 #include "infllm/backend/cuda/numbers.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_keys.cuh"
-#include "infllm/backend/cuda/sm90/attend_launch.cuh"
+#include "infllm/backend/cuda/sm90/attend_backward_launch.cuh"
 
 namespace infllm::cuda::sm90 {
 namespace {
@@ -18,21 +16,10 @@ void take(const AttendParams& forward, Choosers& choosers, Taker&& taker, float*
 
 template <class C>
 Status launch(const Device& device, const AttendBackwardParams& p, const ListedArgs& args) {
-  const AttendParams& forward = p.forward;
-  const std::uint32_t tokens = 64u >> args.keys.group_log2;
-  const CUtensorMap maps[] = {
-      INFLLM_TRY(rows_map(forward, forward.q, 1, 1)),
-      INFLLM_TRY(rows_map(forward, forward.q, tokens, 1)),
-      INFLLM_TRY(rows_map(forward, p.grad_o, 1, 1)),
-      INFLLM_TRY(rows_map(forward, p.grad_o, tokens, 1)),
-      INFLLM_TRY(plane_map(forward.pages, args.keys.pool.map.key(0), C::kPanels)),
-      INFLLM_TRY(plane_map(forward.pages, args.keys.pool.map.value(0), C::kPanels))};
+  const KeyMaps maps = INFLLM_TRY(key_maps<C>(p, args.keys));
   constexpr std::size_t kShared = sizeof(KeyShared<C>) + 1024;
-  static_assert(kShared <= kSharedLimit);
   constexpr auto kernel = key_gradient_kernel<C>;
-  INFLLM_TRY(to_status(
-      "attend_backward",
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)));
+  INFLLM_TRY(allow_shared<kShared>(kernel));
   const auto blocks = static_cast<unsigned>(args.choosers.num_blocks);
   kernel<<<blocks + args.choosers.part_capacity, C::kThreads, kShared, device.stream>>>(
       maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], args);
@@ -46,22 +33,10 @@ Status launch(const Device& device, const AttendBackwardParams& p, const ListedA
 
 Status key_gradient(const Backend& backend, const AttendBackwardParams& params,
                     const RowStatistics* stats, std::span<std::byte> workspace) {
-  constexpr double kLog2E = 1.4426950408889634;
   const Device& device = device_of(backend);
   const AttendParams& forward = params.forward;
   const KvLayout& layout = forward.pages.layout;
-  ListedArgs args{.keys = {.batch = forward.batch,
-                           .pool = PagePool(forward.pages),
-                           .stats = stats,
-                           .grad_k = params.grad_k,
-                           .grad_v = params.grad_v,
-                           .sums = nullptr,
-                           .scale = forward.scale,
-                           .c = static_cast<float>(forward.scale * kLog2E),
-                           .heads = layout.kv_heads,
-                           .group_log2 = std::countr_zero(
-                               static_cast<unsigned>(forward.heads_q / layout.kv_heads))},
-                  .choosers = backward::choosers(forward)};
+  ListedArgs args{.keys = key_args(params, stats), .choosers = backward::choosers(forward)};
   if (forward.selection == nullptr) args.keys.batch.any_sparse = false;
   Arena arena(workspace);
   take(

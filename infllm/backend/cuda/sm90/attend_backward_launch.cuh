@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Host side of what walks over blocks of keys (the sparse dK and dV pass, the dense one that makes
+// dQ too): what both kernels are given.
+#pragma once
+
+#include <array>
+#include <bit>
+
+#include "infllm/backend/cuda/sm90/attend_backward_config.cuh"
+#include "infllm/backend/cuda/sm90/attend_launch.cuh"
+
+namespace infllm::cuda::sm90 {
+
+// Without sums of parts, whose place in the workspace the passes know.
+inline KeyArgs key_args(const AttendBackwardParams& params, const RowStatistics* stats) {
+  constexpr double kLog2E = 1.4426950408889634;
+  const AttendParams& forward = params.forward;
+  const std::int32_t heads = forward.pages.layout.kv_heads;
+  return {.batch = forward.batch,
+          .pool = PagePool(forward.pages),
+          .stats = stats,
+          .grad_k = params.grad_k,
+          .grad_v = params.grad_v,
+          .sums = nullptr,
+          .scale = forward.scale,
+          .c = static_cast<float>(forward.scale * kLog2E),
+          .heads = heads,
+          .group_log2 = std::countr_zero(static_cast<unsigned>(forward.heads_q / heads))};
+}
+
+// Q by single tokens and by tiles of 64 rows, dO likewise, K, V.
+using KeyMaps = std::array<CUtensorMap, 6>;
+
+template <class C>
+Result<KeyMaps> key_maps(const AttendBackwardParams& p, const KeyArgs& args) {
+  const AttendParams& forward = p.forward;
+  const std::uint32_t tokens = 64u >> args.group_log2;
+  return KeyMaps{INFLLM_TRY(rows_map(forward, forward.q, 1, 1)),
+                 INFLLM_TRY(rows_map(forward, forward.q, tokens, 1)),
+                 INFLLM_TRY(rows_map(forward, p.grad_o, 1, 1)),
+                 INFLLM_TRY(rows_map(forward, p.grad_o, tokens, 1)),
+                 INFLLM_TRY(plane_map(forward.pages, args.pool.map.key(0), C::kPanels)),
+                 INFLLM_TRY(plane_map(forward.pages, args.pool.map.value(0), C::kPanels))};
+}
+
+// Lets a kernel of an attend_backward pass have the shared memory that it is made for.
+template <std::size_t kShared, typename... Args>
+Status allow_shared(void (*kernel)(Args...)) {
+  static_assert(kShared <= kSharedLimit);
+  return to_status(
+      "attend_backward",
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+}
+
+}  // namespace infllm::cuda::sm90
