@@ -75,9 +75,9 @@ gpu-sanitize:  ## small cases of the same under compute-sanitizer's four tools
 GPU_RESULTS ?= bench/results/h200.jsonl
 SANITIZER_RESULTS ?= bench/results/sanitizers/h200.jsonl
 gpu-bench:  ## the benchmarks on this machine's NVIDIA GPU, with PyTorch's attention beside them
-	tools/install_deps.sh build test
-	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(CMAKE_FLAGS)
-	cmake --build --preset cuda --parallel $(JOBS) --target device_bench infllm
+	tools/install_deps.sh build test $(PYTHON_GROUP)
+	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(PYTHON_FLAGS) $(CMAKE_FLAGS)
+	cmake --build --preset cuda --parallel $(JOBS) --target device_bench infllm $(PYTHON_TARGET)
 	tools/gpu_bench.sh build/cuda $(GPU_RESULTS)
 	$(MAKE) render
 

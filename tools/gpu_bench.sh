@@ -14,11 +14,13 @@
 #               neighbours have nothing in common, and much (bench --repeat)
 #   long        one layer at 512K and 1M, beside cuDNN's dense attention, which takes 25 s for both
 #   million     the 8B shape, writing behind a million tokens
+#   calls       the host's time for calls of the Python package, if BUILD/python has it; appended to
+#               calls/ beside RESULTS
 set -euo pipefail
 [[ $# -ge 2 ]] || { sed -n 's/^# tools/usage: tools/p' "$0" >&2; exit 1; }
 build=$1 results=$2
 shift 2
-parts=${*:-attention backward model long million}
+parts=${*:-attention backward model long million calls}
 cd "$(dirname "$0")/.."
 [[ -n ${INFLLM_COMMIT:-} ]] || git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || {
   printf 'found no git repository here, expected INFLLM_COMMIT to name the commit\n' >&2
@@ -75,4 +77,14 @@ if [[ " $parts " == *" long "* ]]; then
 fi
 if [[ " $parts " == *" million "* ]]; then
   model -p 0 -n 64 -d 1000000 --attention sparse --no-steps --fill
+fi
+if [[ " $parts " == *" calls "* ]]; then
+  if compgen -G "$build/python/infllm/_native*" >/dev/null; then
+    python=.venv/bin/python
+    [[ -x $python ]] || python=python3
+    PYTHONPATH=$build/python run "$python" bench/python_calls.py \
+      --output "$(dirname "$results")/calls/$(basename "$results")"
+  else
+    printf 'no Python package in %s/python: its calls are not timed\n' "$build" >&2
+  fi
 fi

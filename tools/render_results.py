@@ -13,13 +13,14 @@ import argparse
 import pathlib
 import sys
 
+import calls_table
 import chart
+import region
 import results
 import sanitizer_table
 import training_tables
 
-BEGIN = "<!-- begin:numbers (tools/render_results.py writes what follows) -->"
-END = "<!-- end:numbers -->"
+MARKS = ("numbers", "tools/render_results.py")
 HEADER = """# Performance
 
 Rendered from `bench/results/*.jsonl` by `tools/render_results.py`; `make bench` adds this machine's
@@ -319,23 +320,16 @@ def readme_numbers(measurements, evaluations):
     return "\n".join(out) or "No results yet.\n"
 
 
-def replace_region(text, region):
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise results.BadResult(f"README.md: expected one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{region}{END}{rest.split(END)[1]}"
-
-
 def rendered(root):
     """{path: text} of every file that the results determine."""
     measurements, evaluations = results.load(root / "bench/results")
-    readme = (root / "README.md").read_text(encoding="utf-8")
     files = {root / "docs" / name: svg for name, (_, svg) in charts(measurements).items()}
     files[root / "docs/performance.md"] = performance(measurements, evaluations)
-    numbers = readme_numbers(measurements, evaluations) + training_tables.summary(root)
-    files[root / "README.md"] = replace_region(readme, numbers)
-    files.update(training_tables.rendered(root))
-    files.update(sanitizer_table.rendered(root))
+    files.update(region.rendered(
+        root / "README.md", *MARKS,
+        lambda: readme_numbers(measurements, evaluations) + training_tables.summary(root)))
+    for tables in (training_tables, sanitizer_table, calls_table):
+        files.update(tables.rendered(root))
     return files
 
 
@@ -351,7 +345,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         files = rendered(options.root)
-    except results.BadResult as error:
+    except ValueError as error:
         print(f"render_results: {error}", file=sys.stderr)
         return 1
     changed = stale(files)

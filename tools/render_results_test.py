@@ -10,6 +10,7 @@ import unittest
 import xml.etree.ElementTree
 
 import chart
+import region
 import render_results
 import results
 
@@ -86,7 +87,7 @@ class RenderTest(unittest.TestCase):
         (self.root / "bench/results").mkdir(parents=True)
         (self.root / "docs").mkdir()
         (self.root / "README.md").write_text(
-            f"# x\n{render_results.BEGIN}\nold\n{render_results.END}\nlast\n", encoding="utf-8")
+            "# x\n{}\nold\n{}\nlast\n".format(*region.marks(*render_results.MARKS)), encoding="utf-8")
 
     def write(self, *records, name="a.jsonl"):
         (self.root / "bench/results" / name).write_text(

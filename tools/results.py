@@ -23,7 +23,7 @@ EVALUATION = {
 EVALUATION_REQUIRED = {"name", "task", "length", "attention", "correct", "total"}
 
 
-class BadResult(Exception):
+class BadResult(ValueError):
     """A line that does not fit; the message names it."""
 
 

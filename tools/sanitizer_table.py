@@ -9,8 +9,8 @@ than shards, the run was stopped.
 import json
 import re
 
-BEGIN = "<!-- begin:sanitizers (tools/sanitizer_table.py writes what follows) -->"
-END = "<!-- end:sanitizers -->"
+import region
+
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FIELDS = {
     "name": str, "program": str, "shards": int, "cases": int, "reports": int, "seconds": int, "finished": bool,
@@ -58,7 +58,7 @@ def cell(lines):
     return f"{cases} cases, {found}{cut} ({max(r['seconds'] for r in lines)} s)"
 
 
-def region(runs):
+def table(runs):
     if not runs:
         return "No results yet.\n"
     lines = ["| program | " + " | ".join(TOOLS) + " |", "|---" * (1 + len(TOOLS)) + "|"]
@@ -71,13 +71,5 @@ def region(runs):
 
 
 def rendered(root):
-    """{docs/verification.md: its text with the table}, or nothing where there is no such page."""
-    page = root / "docs/verification.md"
-    if not page.is_file():
-        return {}
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"docs/verification.md: expected one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
-    table = region(load(root / "bench/results/sanitizers"))
-    return {page: f"{before}{BEGIN}\n{table}{END}{rest.split(END)[1]}"}
+    return region.rendered(root / "docs/verification.md", "sanitizers", "tools/sanitizer_table.py",
+                           lambda: table(load(root / "bench/results/sanitizers")))

@@ -9,8 +9,8 @@ import json
 import math
 import statistics
 
-BEGIN = "<!-- begin:training (tools/training_tables.py writes what follows) -->"
-END = "<!-- end:training -->"
+import region
+
 TASKS = {
     "single_1": "S1", "single_2": "S2", "single_3": "S3", "multi_key_1": "MK1",
     "multi_key_2": "MK2", "multi_key_3": "MK3", "multi_value": "MV", "multi_query": "MQ",
@@ -224,7 +224,7 @@ def scale_table(records):
     return table(["what", "on", "shape", "error", "bound", "ms", "ms, one GPU"], rows)
 
 
-def region(records):
+def tables(records):
     names = {r["name"] for r in records}
     score, out = Scores(records), []
     if score.lengths():
@@ -265,13 +265,5 @@ def summary(root):
 
 
 def rendered(root):
-    """{docs/training.md: its text with the tables}, or nothing where there is no such page."""
-    page = root / "docs/training.md"
-    if not page.is_file():
-        return {}
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"docs/training.md: expected one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
-    tables = region(load(root / "bench/results/training"))
-    return {page: f"{before}{BEGIN}\n{tables}{END}{rest.split(END)[1]}"}
+    return region.rendered(root / "docs/training.md", "training", "tools/training_tables.py",
+                           lambda: tables(load(root / "bench/results/training")))

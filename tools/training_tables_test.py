@@ -24,7 +24,7 @@ def all_tasks(arm, attention, correct, blocks=96):
 class TrainingTablesTest(unittest.TestCase):
     def test_ratio_is_that_of_the_means(self):
         records = all_tasks("dense", "dense", 8) + all_tasks("sparse", "sparse", 6)
-        text = training_tables.region(records)
+        text = training_tables.tables(records)
         # a - 0.75 b is 1/4, -3/4 and 0 in 6, 2 and 2 of ten cases: variance 1/6; b's: 8/45.
         error = 100 * math.sqrt(11 / 6 / 10) / 11 / 0.8
         base = 100 * math.sqrt(11 * 8 / 45 / 10) / 11
@@ -52,7 +52,7 @@ class TrainingTablesTest(unittest.TestCase):
 
     def test_fewer_blocks_stand_apart(self):
         records = all_tasks("aligned", "dense", 8) + all_tasks("aligned", "sparse", 4, blocks=40)
-        text = training_tables.region(records)
+        text = training_tables.tables(records)
         self.assertIn("| (d) sparse, selection taught | 40 | 7.8 % | 40.0 | 50.0 % |", text)
         self.assertNotIn("| (d) sparse, selection taught | sparse |", text)
 
