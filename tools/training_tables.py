@@ -219,9 +219,11 @@ def scale_table(records):
                     key=lambda r: (r["processes"], r["name"], r.get("tokens", 0), r.get("attention", ""))):
         shape = (f'{r["tokens"]} tokens, {r["heads_q"]}/{r["heads_kv"]} heads of {r["head_dim"]}, '
                  f'{r["attention"]}' if "tokens" in r else f'{r["parameters"]:,} parameters')
-        rows.append([r["name"].removeprefix("scale."), f'{r["processes"]} x {r["device"]}', shape,
+        on = (f'{r["processes"]} processes on a CPU' if r["device"] == "cpu"
+              else f'{r["processes"]} x {r["device"]}')
+        rows.append([r["name"].removeprefix("scale."), on, shape,
                      f'{r["error"]:.2g}', f'{r["bound"]:.2g}', one(r.get("ms")), one(r.get("ms_one"))])
-    return table(["what", "on", "shape", "error", "bound", "ms", "ms, one GPU"], rows)
+    return table(["what", "on", "shape", "error", "bound", "ms", "ms, one"], rows)
 
 
 def tables(records):
@@ -245,7 +247,7 @@ def tables(records):
     if "adapt.step" in names:
         out += ["### A training step\n", step_table(records)]
     if any(name.startswith("scale.") for name in names):
-        out += ["### Several GPUs against one\n", scale_table(records)]
+        out += ["### Several processes against one\n", scale_table(records)]
     return "\n".join(out) or "No results yet.\n"
 
 
