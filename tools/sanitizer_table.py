@@ -48,14 +48,14 @@ def load(folder):
 
 
 def cell(lines):
-    """'13 cases, no report (20 s)'; the seconds are those of the longest shard."""
+    """'13 cases, no report (20 s, `abc`)': the seconds of the longest shard, the commit."""
     if not lines:
         return ""
     cases, reports = sum(r["cases"] for r in lines), sum(r["reports"] for r in lines)
     found = "no report" if reports == 0 else f"**{reports} report{'s' * (reports > 1)}**"
     whole = len(lines) == lines[0]["shards"] and all(r["finished"] for r in lines)
     cut = "" if whole else ", **stopped**"
-    return f"{cases} cases, {found}{cut} ({max(r['seconds'] for r in lines)} s)"
+    return f"{cases} cases, {found}{cut} ({max(r['seconds'] for r in lines)} s, `{lines[0]['commit']}`)"
 
 
 def table(runs):
@@ -65,8 +65,8 @@ def table(runs):
     for program in sorted({program for _, program in runs}):
         cells = [cell(runs.get((tool, program), [])) for tool in TOOLS]
         lines.append(f"| `{program}` | " + " | ".join(cells) + " |")
-    places = {f'{r["device"]}, driver {r["driver"]}, compute-sanitizer {r["version"]}, commit '
-              f'`{r["commit"]}`, {r["date"][:10]}' for run in runs.values() for r in run}
+    places = {f'{r["device"]}, driver {r["driver"]}, compute-sanitizer {r["version"]}, {r["date"][:10]}'
+              for run in runs.values() for r in run}
     return "\n".join(lines) + "\n\n" + "; ".join(sorted(places)) + ".\n"
 
 

@@ -27,21 +27,21 @@ class SanitizerTableTest(unittest.TestCase):
     def test_shards_are_added_up(self):
         text = sanitizer_table.table(load(line("memcheck", "a", shards=2),
                                            line("memcheck", "a", shards=2, seconds=11)))
-        self.assertIn("| `a` | 8 cases, no report (11 s) |  |  |  |", text)
-        self.assertIn("x, driver 3.4, compute-sanitizer 1.2, commit `abc`, 2026-01-02.", text)
+        self.assertIn("| `a` | 8 cases, no report (11 s, `abc`) |  |  |  |", text)
+        self.assertIn("x, driver 3.4, compute-sanitizer 1.2, 2026-01-02.", text)
 
     def test_the_last_run_counts(self):
         old = line("racecheck", "a", reports=2)
         new = line("racecheck", "a", date="2026-01-02T03:04:06Z")
-        self.assertIn("|  | 4 cases, no report (9 s) |", sanitizer_table.table(load(new, old)))
+        self.assertIn("|  | 4 cases, no report (9 s, `abc`) |", sanitizer_table.table(load(new, old)))
 
     def test_a_missing_shard_was_stopped(self):
         text = sanitizer_table.table(load(line("memcheck", "a", shards=2)))
-        self.assertIn("4 cases, no report, **stopped** (9 s)", text)
+        self.assertIn("4 cases, no report, **stopped** (9 s, `abc`)", text)
 
     def test_reports_and_stops_stand_out(self):
         text = sanitizer_table.table(load(line("initcheck", "a", reports=1, finished=False)))
-        self.assertIn("4 cases, **1 report**, **stopped** (9 s)", text)
+        self.assertIn("4 cases, **1 report**, **stopped** (9 s, `abc`)", text)
 
     def test_other_lines_are_refused(self):
         for wrong in (line("leakcheck", "a"), line("memcheck", "a", cases="4"),
