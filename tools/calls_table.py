@@ -4,9 +4,8 @@
 bench/python_calls.py appends the lines; of several for one call on one device the last counts.
 """
 
-import json
-
 import region
+import results
 
 GRADIENTS = {"none": "without gradients", "kept": "forward, gradients wanted",
              "taken": "forward and backward"}
@@ -15,17 +14,12 @@ OPTIONAL = {"driver": str, "note": str}
 
 
 def parse(line):
-    record = json.loads(line)
-    for field, kind in FIELDS.items():
-        if type(record.get(field)) is not kind:
-            raise ValueError(f'"{field}" is {json.dumps(record.get(field))}, expected {kind.__name__}')
-    if extra := record.keys() - FIELDS.keys() - OPTIONAL.keys():
-        raise ValueError(f"found the fields {', '.join(sorted(extra))}, expected none of them")
+    record = results.of_fields(line, FIELDS, OPTIONAL)
     if record["name"] != "python.call":
         raise ValueError(f'"name" is "{record["name"]}", expected python.call')
     if record["gradients"] not in GRADIENTS:
         raise ValueError(f'"gradients" is "{record["gradients"]}", expected {", ".join(GRADIENTS)}')
-    if record["us"] <= 0:
+    if not record["us"] > 0:  # nor NaN
         raise ValueError(f'"us" is {record["us"]}, expected a positive number')
     return record
 
@@ -33,14 +27,9 @@ def parse(line):
 def load(folder):
     """{device: {call: {gradients: record}}}, in the order of the files."""
     devices = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                record = parse(line)
-            except ValueError as error:
-                raise ValueError(f"{path.name}:{number}: {error}") from error
-            calls = devices.setdefault(record["device"], {})
-            calls.setdefault(record["call"], {})[record["gradients"]] = record
+    for record in results.records_of(folder, parse):
+        calls = devices.setdefault(record["device"], {})
+        calls.setdefault(record["call"], {})[record["gradients"]] = record
     return devices
 
 

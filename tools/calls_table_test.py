@@ -35,7 +35,8 @@ class CallsTableTest(unittest.TestCase):
     def test_lines_that_do_not_fit_are_named(self):
         for bad, message in ((line("f", us="1"), "expected float"), (line("f", us=-1.0), "positive"),
                              (line("f", "some"), "expected none, kept, taken"), (line("f", size=1), "size"),
-                             (line("f", name="call"), "expected python.call")):
+                             (line("f", name="call"), "expected python.call"), ("[]", "expected an object"),
+                             (line("f", us=float("nan")), "positive"), (line("f", note=1), "expected str")):
             with self.assertRaisesRegex(ValueError, f"a.jsonl:1: .*{message}"):
                 load(bad)
 

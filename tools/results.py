@@ -121,19 +121,39 @@ def key(record):
             record.get("peer", ""))
 
 
-def load(folder):
-    """(measurements, evaluations) of the folder's files, the latest of each key."""
-    latest = {}
+def of_fields(line, required, optional=()):
+    """The object of a line whose fields have the types of required and, where there, of optional."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise BadResult(f"found {type(record).__name__}, expected an object")
+    known = {**required, **dict(optional)}
+    if extra := record.keys() - known.keys():
+        raise BadResult(f"found the fields {', '.join(sorted(extra))}, expected {', '.join(known)}")
+    for field, kind in known.items():
+        if (field in required or field in record) and type(record.get(field)) is not kind:
+            raise BadResult(f'"{field}" is {json.dumps(record.get(field))}, expected {kind.__name__}')
+    return record
+
+
+def records_of(folder, parse):
+    """What parse makes of each line of the folder's files, in order; of a bad one, its place too."""
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
                 continue
             try:
-                record = parse_line(line)
-            except BadResult as error:
+                record = parse(line)
+            except ValueError as error:
                 raise BadResult(f"{path.name}:{number}: {error}") from error
-            old = latest.get(key(record))
-            if old is None or record.get("date", "") >= old.get("date", ""):
-                latest[key(record)] = record
+            yield record
+
+
+def load(folder):
+    """(measurements, evaluations) of the folder's files, the latest of each key."""
+    latest = {}
+    for record in records_of(folder, parse_line):
+        old = latest.get(key(record))
+        if old is None or record.get("date", "") >= old.get("date", ""):
+            latest[key(record)] = record
     records = list(latest.values())
     return ([r for r in records if not is_evaluation(r)], [r for r in records if is_evaluation(r)])

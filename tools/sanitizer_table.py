@@ -6,10 +6,10 @@ a tool and a program the lines of the last run count, all those with its date; w
 than shards, the run was stopped.
 """
 
-import json
 import re
 
 import region
+import results
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FIELDS = {
@@ -19,12 +19,7 @@ FIELDS = {
 
 
 def parse(line):
-    record = json.loads(line)
-    for field, kind in FIELDS.items():
-        if type(record.get(field)) is not kind:
-            raise ValueError(f'"{field}" is {json.dumps(record.get(field))}, expected {kind.__name__}')
-    if record.keys() != FIELDS.keys():
-        raise ValueError(f"found the fields {', '.join(record)}, expected {', '.join(FIELDS)}")
+    record = results.of_fields(line, FIELDS)
     if record["name"].removeprefix("sanitizer.") not in TOOLS:
         raise ValueError(f'"name" is "{record["name"]}", expected sanitizer.{{{",".join(TOOLS)}}}')
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", record["date"]):
@@ -35,14 +30,9 @@ def parse(line):
 def load(folder):
     """{(tool, program): the lines of its last run}"""
     runs = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                record = parse(line)
-            except ValueError as error:
-                raise ValueError(f"{path.name}:{number}: {error}") from error
-            runs.setdefault((record["name"].removeprefix("sanitizer."), record["program"]),
-                            []).append(record)
+    for record in results.records_of(folder, parse):
+        runs.setdefault((record["name"].removeprefix("sanitizer."), record["program"]),
+                        []).append(record)
     return {key: [r for r in lines if r["date"] == max(x["date"] for x in lines)]
             for key, lines in runs.items()}
 
