@@ -94,7 +94,7 @@ for tool in "$@"; do
   [[ -x "$folder/gpu_kernels" ]] || continue
   filter=$many
   [[ $tool != racecheck ]] || filter=$few
-  start_shards "$tool.gpu_kernels" 8 bash -c 'sanitize "$@"' - \
+  start_shards "$tool.gpu_kernels" "$jobs" bash -c 'sanitize "$@"' - \
     "$tool" "$folder/gpu_kernels" --gtest_filter="${FILTER:-$filter}" --gtest_brief=1
 done
 finish
