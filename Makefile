@@ -53,6 +53,7 @@ cuda:  ## the program with the CUDA columns: build/cuda/infllm; installs nvcc if
 	cmake --build --preset cuda --parallel $(JOBS) --target infllm
 
 gpu-test:  ## every step, the model and the package on this machine's NVIDIA GPU (PYTHON=OFF: no package)
+	tools/gpu_test.sh --find
 	tools/install_deps.sh build test $(PYTHON_GROUP)
 	cmake --preset cuda -DINFLLM_DEVELOPER=ON $(PYTHON_FLAGS) $(CMAKE_FLAGS)
 	cmake --build --preset cuda --parallel $(JOBS) --target gpu_tests $(PYTHON_TARGET)

@@ -4,8 +4,8 @@
 # line each. Sets $root, the checkout, and $logs, a folder that goes when the script ends.
 #
 #   source "$(dirname "$0")/gpu_pool.sh"
-#   ended() { ... }           if defined: called with NAME SECONDS when one has ended; its output is
-#                             in $logs/NAME
+#   ended() { ... }           if defined: called with NAME SECONDS RESULT (ok or FAILED) when one has
+#                             ended; its output is in $logs/NAME
 #   start NAME COMMAND...     in the background, as soon as fewer than JOBS run; says how it ended
 #   start_shards NAME COUNT PROGRAM_WITH_GOOGLETEST...
 #   finish                    waits; fails if one of them failed, or if there was none
@@ -31,7 +31,7 @@ start() {
       text=$(tail -n 40 "$logs/$name" | sed 's/^/    /'; printf ':')
     }
     printf '%s%-7s %-32s %4d s\n' "${text%:}" "$result" "$name" $((SECONDS - begin))
-    ! declare -F ended >/dev/null || ended "$name" $((SECONDS - begin))
+    ! declare -F ended >/dev/null || ended "$name" $((SECONDS - begin)) "$result"
     echo "$result" >"$logs/$name.end"
   } &
 }

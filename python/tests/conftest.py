@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests marked ``cuda`` need a GPU: ``pytest -m cuda python/tests``. Others run on the CPU."""
+"""Tests marked ``cuda`` need a GPU: ``pytest -m cuda python/tests``. Others run on the CPU.
+
+``--need-gpu`` refuses to go on without one instead of skipping them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,15 @@ import torch
 import infllm
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--need-gpu", action="store_true", help="fail where there is no GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     found = any(name.startswith("cuda") for name in infllm.available())
+    if not found and config.getoption("--need-gpu"):
+        raise pytest.UsageError(f"found the devices {', '.join(infllm.available())}, expected one "
+                                "that begins with cuda: a GPU and a build with CUDA columns")
     skip = pytest.mark.skip(reason="no CUDA device, or a build without CUDA columns")
     for item in items:
         if "cuda" in item.keywords and not found:

@@ -130,14 +130,20 @@ def test_decoding_in_a_graph_follows_the_lengths() -> None:
 
 def test_memory_is_pytorchs_and_is_given_back() -> None:
     q, k, v = CASE.numbers(BF16, "cuda", grad=True)
-    infllm.attention(q, k, v, sparse_config=SMALL).float().sum().backward()
-    free = torch.cuda.mem_get_info()[0]
+
+    def grown() -> int:
+        """By how many bytes the device's free memory shrinks while we call."""
+        free = torch.cuda.mem_get_info()[0]
+        for _ in range(50):
+            q.grad = k.grad = v.grad = None
+            infllm.attention(q, k, v, sparse_config=SMALL).float().sum().backward()
+        return free - torch.cuda.mem_get_info()[0]
+
+    grown()
     held = torch.cuda.memory_allocated()
-    for _ in range(20):
-        q.grad = k.grad = v.grad = None
-        infllm.attention(q, k, v, sparse_config=SMALL).float().sum().backward()
+    # What leaks grows in every round; what other programs on the device take, not in every one.
+    assert min(grown() for _ in range(5)) <= 0
     assert torch.cuda.memory_allocated() == held
-    assert free - torch.cuda.mem_get_info()[0] <= 2 << 20
 
 
 def test_memory_nobody_wrote_does_not_matter() -> None:
