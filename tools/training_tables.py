@@ -219,8 +219,10 @@ def scale_table(records):
                     key=lambda r: (r["processes"], r["name"], r.get("tokens", 0), r.get("attention", ""))):
         shape = (f'{r["tokens"]} tokens, {r["heads_q"]}/{r["heads_kv"]} heads of {r["head_dim"]}, '
                  f'{r["attention"]}' if "tokens" in r else f'{r["parameters"]:,} parameters')
-        on = (f'{r["processes"]} processes on a CPU' if r["device"] == "cpu"
-              else f'{r["processes"]} x {r["device"]}')
+        gpus = r.get("gpus", r["processes"])
+        on = "a CPU" if r["device"] == "cpu" else f'{gpus} x {r["device"]}'
+        if r["device"] == "cpu" or gpus != r["processes"]:
+            on = f'{r["processes"]} processes on {on}'
         rows.append([r["name"].removeprefix("scale."), on, shape,
                      f'{r["error"]:.2g}', f'{r["bound"]:.2g}', one(r.get("ms")), one(r.get("ms_one"))])
     return table(["what", "on", "shape", "error", "bound", "ms", "ms, one"], rows)

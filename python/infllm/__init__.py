@@ -19,6 +19,8 @@ from infllm.config import SparseConfig
 from infllm.plan import Plan, make_plan
 from infllm.steps import attend, compress, score, select
 
+__version__ = "0.1.0"  # pip reads it here
+
 __all__ = [
     "KVCache",
     "Plan",

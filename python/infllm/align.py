@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from infllm import _native
-from infllm.attention import cast, pack, plan_of, scale_of
+from infllm.attention import cast, pack, plan_of, refuse_tangents, scale_of
 from infllm.call import Arrays, Pages, address, config_of, lse_type, run
-from infllm.checks import check_batch, check_qkv, check_scores
+from infllm.checks import check_batch, check_config, check_qkv, check_scores, check_tensors
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
 from infllm.ops import BATCH, OPTIONS, implement, library
@@ -56,6 +56,9 @@ def selection_alignment_loss(
     Returns:
         float32 [Hkv, R]; 0 for tokens without choosable blocks.
     """
+    check_tensors(q=q, k=k)
+    check_config(sparse_config, needed=True)
+    refuse_tangents(q, k, q_score, k_score)
     q, k, q_score, k_score = cast(q, k, q_score, k_score)
     if plan is None:
         plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import infllm.ops  # noqa: F401  (registers torch.ops.infllm)
 from infllm import eager
+from infllm.checks import check_config, check_ints, check_tensors
 from infllm.config import SparseConfig
-from infllm.plan import Plan, batch_of, make_plan, uniform_plan
+from infllm.plan import Plan, batch_of, check_plan, make_plan, uniform_plan
 
 
 def attention(
@@ -53,8 +55,8 @@ def attention(
         selection: int32 [Hkv, T, K], ascending block indices with -1 behind them, to attend to
             these blocks; none are chosen then. Used for the sequences that are sparse.
         q_score, k_score: like q and k, before RoPE, when ``sparse_config.use_nope``.
-        plan: from ``make_plan``, in place of cu_seqlens, max_seqlen and sparse: made once for all
-            layers of a step.
+        plan: from ``make_plan`` with the same sparse_config, in place of cu_seqlens, max_seqlen and
+            sparse: made once for all layers of a step.
         return_lse: also the log-sum-exp, float32 [Hq, T], differentiable.
         return_selection: also the selection, int32 [Hkv, T, K], K = ``sparse_config.columns(
             max_seqlen_k)``; K = 0 where no sequence can be sparse. Rows of dense sequences are -1.
@@ -64,14 +66,15 @@ def attention(
         out like q, or a tuple (out, lse, selection) of what was asked for. Gradients reach q, k and
         v through out and lse; the selection is held constant.
     """
+    check_tensors(q=q, k=k, v=v)
+    check_config(sparse_config)
+    if selection is not None and sparse_config is None:
+        raise ValueError("selection: given without sparse_config; pass the config too")
+    refuse_tangents(q, k, v)
     q, k, v, q_score, k_score = cast(q, k, v, q_score, k_score)
     shape = q.shape
-    if plan is None:
-        plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
-                     sparse)
-    elif any(x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                                     sparse)):
-        raise ValueError("plan: given with cu_seqlens, max_seqlen or sparse, expected it alone")
+    plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
+                   sparse, plan)
     q, k, v, q_score, k_score = (pack(x) for x in (q, k, v, q_score, k_score))
     scale = scale_of(q, softmax_scale)
     inputs = (q, k, v, q_score, k_score, selection)
@@ -116,10 +119,11 @@ def choose(
         int32 [Hkv, T, K], ascending in each row, -1 behind the last; rows of dense sequences -1.
         K = ``sparse_config.columns(max_seqlen_k)``, or 0 where no sequence can be sparse.
     """
-    q, k, _, q_score, k_score = cast(q, k, k, q_score, k_score)
-    if plan is None:
-        plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
-                     sparse)
+    check_tensors(q=q, k=k)
+    check_config(sparse_config, needed=True)
+    q, k, q_score, k_score = cast(q, k, q_score, k_score)
+    plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
+                   sparse, plan)
     q, k, q_score, k_score = (pack(x) for x in (q, k, q_score, k_score))
     scale = scale_of(q, softmax_scale)
     with torch.no_grad():
@@ -129,14 +133,29 @@ def choose(
                                        sparse_config.numbers(), backend or "")
 
 
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """PyTorch takes an operator without a forward-mode derivative for a constant."""
+    if forward_ad._current_level >= 0 and any(
+            x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("infllm.attention: a forward-mode derivative (jvp) was asked "
+                                  "for, but there is only backward")
+
+
 def scale_of(q: Tensor, softmax_scale: float | None) -> float:
-    return max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale
+    if softmax_scale is None:
+        return max(q.shape[-1], 1) ** -0.5
+    if isinstance(softmax_scale, float):
+        return softmax_scale
+    try:
+        return float(softmax_scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"softmax_scale: {softmax_scale!r}, expected a number") from None
 
 
 def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, the tensors in its type, as torch's own attention does."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in tensors)
@@ -148,8 +167,16 @@ def pack(x: Tensor | None) -> Tensor | None:
 
 
 def plan_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-          max_seqlen_q: int | None, max_seqlen_k: int | None, config: SparseConfig | None,
-          sparse: bool | Tensor | None) -> Plan:
+            max_seqlen_q: int | None, max_seqlen_k: int | None, config: SparseConfig | None,
+            sparse: bool | Tensor | None, plan: Plan | None = None) -> Plan:
+    """The plan that was given, or that of the other arguments."""
+    if plan is not None:
+        if any(x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                       sparse)):
+            raise ValueError("plan: given with cu_seqlens, max_seqlen or sparse, expected it alone")
+        if config is not None and plan.sparse_config is not config:
+            check_plan(plan, config)
+        return plan
     if q.dim() not in (3, 4) or k.dim() != q.dim():
         raise ValueError(f"q and k: {list(q.shape)} and {list(k.shape)}, expected [T, Hq, D] and "
                          "[S, Hkv, D], or both with a leading B")
@@ -176,6 +203,7 @@ def plan_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Ten
 def _longest(name: str, bound: int | None, cu_seqlens: Tensor) -> int:
     if bound is not None:
         return bound
+    check_ints(f"cu_seqlens_{name[-1]}", cu_seqlens, "[B + 1]")
     if cu_seqlens.device.type != "cpu":
         raise ValueError(f"{name}: missing, expected the longest sequence, or a bound on it; "
                          "looking for it would wait for the device")

@@ -12,7 +12,15 @@ from torch import Tensor
 from infllm import _native
 from infllm.attention import scale_of
 from infllm.call import Arrays, address, columns_of, config_of, layout_of, lse_type, run
-from infllm.checks import check_batch, check_like, check_qkv, check_scores
+from infllm.checks import (
+    check_batch,
+    check_config,
+    check_ints,
+    check_like,
+    check_qkv,
+    check_scores,
+    check_tensors,
+)
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
 from infllm.eager import is_eager, starts
@@ -44,6 +52,7 @@ class KVCache:
                  backend: str | None = None) -> None:
         if num_pages < 1:
             raise ValueError(f"num_pages: {num_pages}, expected at least 1")
+        check_config(sparse_config)
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -60,6 +69,11 @@ class KVCache:
         # The pages' contents belong to the device; append() and attend_with_kvcache() know them.
         self.pages = torch.zeros((num_pages, self.page_bytes), dtype=torch.uint8,
                                  device=column.device)
+
+    def __repr__(self) -> str:
+        return (f"KVCache(num_pages={self.pages.shape[0]}, heads_kv={self.heads_kv}, "
+                f"head_dim={self.head_dim}, dtype={self.dtype}, device='{self.device}', "
+                f"sparse_config={self.sparse_config})")
 
     @property
     def block_size(self) -> int:
@@ -119,6 +133,7 @@ def attend_with_kvcache(
     Returns:
         out like q, or a tuple (out, lse [Hq, T], selection [Hkv, T, K]) of what was asked for.
     """
+    check_tensors(q=q)
     if (k is None) != (v is None):
         raise ValueError("k and v: one of them is missing, expected both or none")
     places = _places(cache, q, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k,
@@ -156,8 +171,11 @@ def _places(cache: KVCache, x: Tensor, held: Tensor, page_table: Tensor,
             appends: bool = True) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Where the new tokens go: starts, lengths afterwards, pages, the longest of both. Without
     appending, ``held`` is the lengths afterwards."""
-    if held.dtype is not torch.int32 or held.dim() != 1:
-        raise ValueError(f"cache_seqlens: {held.dtype} {list(held.shape)}, expected int32 [B]")
+    check_ints("cache_seqlens", held, "[B]")
+    check_tensors(page_table=page_table)
+    if x.dtype is not cache.dtype or x.shape[-1] != cache.head_dim or x.device != cache.device:
+        raise ValueError(f"q, k and v: {x.dtype} {list(x.shape)} on {x.device}, expected "
+                         f"{cache.dtype} [..., {cache.head_dim}] on {cache.device}, as the cache")
     if page_table.dim() != 2 or page_table.dtype is not torch.int32:
         raise ValueError(f"page_table: {page_table.dtype} {list(page_table.shape)}, expected int32 "
                          "[B, pages]")

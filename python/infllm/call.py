@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from infllm import _native
-from infllm.checks import check_batch, check_like, check_qkv, check_selected_blocks
+from infllm.checks import (
+    check_batch,
+    check_like,
+    check_qkv,
+    check_selected_blocks,
+    check_starts,
+)
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
 from infllm.plan import page_count
@@ -54,6 +60,12 @@ class Arrays:
         self.kv_length = column.place(kv_length)
         self.page_table = column.place(page_table)
         self.sparse = None if sparse is None else column.place(sparse)
+
+    def check_starts(self, *numbers: int) -> None:
+        """Looks at a host's cu_seqlens once the native side has refused them, to say so in the
+        caller's words."""
+        if self.cu_seqlens_q.device.type == "cpu":
+            check_starts(self.cu_seqlens_q, self.cu_seqlens_k, *numbers)
 
     def batch(self, tokens: int, max_seqlen_q: int, max_seqlen_k: int, *,
               dense: bool = False) -> Any:
@@ -118,6 +130,7 @@ class Call:
         self.batch = self.arrays.batch(q.shape[0], max_seqlen_q, max_seqlen_k)
         self.heads_q = q.shape[1]
         self.rows = (k.shape[1], q.shape[0])
+        self.lengths = (q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
         self.lse_shape = (q.shape[1], q.shape[0])
         self.device, self.dtype, self.lse_dtype = q.device, q.dtype, lse_type(q)
         self.workspace: dict[str, int] = {}
@@ -149,10 +162,14 @@ class Call:
         """Starts a Forward or Backward. A host looks into the arrays each time, a device once."""
         column = self.column
         needed = self.workspace.get(name) if column.is_cuda else None
-        if needed is None:
-            needed = self.workspace[name] = work.workspace_bytes(column.native)
-        workspace = column.bytes(needed)
-        work.run(column.native, column.stream(), workspace.data_ptr(), needed)
+        try:
+            if needed is None:
+                needed = self.workspace[name] = work.workspace_bytes(column.native)
+            workspace = column.bytes(needed)
+            work.run(column.native, column.stream(), workspace.data_ptr(), needed)
+        except ValueError:
+            self.arrays.check_starts(*self.lengths)
+            raise
 
     def result(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A result where the caller's tensors are."""

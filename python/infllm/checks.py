@@ -4,6 +4,9 @@ expected. They run while tracing, too."""
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,36 @@ _MOST = 2**31 - 1  # tokens and pages are counted in 32 bits
 
 def _fail(name: str, x: Tensor, expected: str) -> None:
     raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, expected {expected}")
+
+
+def check_tensors(**tensors: Any) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: {type(x).__name__}, expected a torch.Tensor")
+
+
+def check_ints(name: str, x: Any, shape: str) -> None:
+    """An int32 array of one dimension, such as cu_seqlens."""
+    check_tensors(**{name: x})
+    if x.dtype is not torch.int32 or x.dim() != 1 or (shape == "[B + 1]" and x.shape[0] < 1):
+        raise ValueError(f"{name}: {x.dtype} {list(x.shape)}, expected int32 {shape}")
+
+
+def check_length(name: str, x: Any) -> int:
+    """A number of tokens."""
+    if isinstance(x, (int, torch.SymInt)):
+        return x
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise TypeError(f"{name}: {x!r}, expected an int") from None
+
+
+def check_config(config: Any, *, needed: bool = False) -> None:
+    if isinstance(config, SparseConfig) or (config is None and not needed):
+        return
+    hint = "; SparseConfig.from_dict makes one of it" if isinstance(config, dict) else ""
+    raise TypeError(f"sparse_config: {type(config).__name__}, expected infllm.SparseConfig{hint}")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -100,3 +133,29 @@ def check_selected_blocks(selection: Tensor, blocks: int) -> None:
     left, right = selection[..., :-1], selection[..., 1:]
     if not bool(((right == -1) | ((right > left) & (left >= 0))).all()):
         raise ValueError("selection: expected ascending blocks in each row, -1 behind the last")
+
+
+def check_starts(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens_q: int, tokens_k: int,
+                 max_seqlen_q: int, max_seqlen_k: int) -> None:
+    """Of a host's arrays, what they say about q and k; of a device's nobody looks."""
+    lengths = []
+    for name, cu, tokens, longest in (("q", cu_seqlens_q, tokens_q, max_seqlen_q),
+                                      ("k", cu_seqlens_k, tokens_k, max_seqlen_k)):
+        starts = cu.tolist()
+        if starts[0] != 0:
+            raise ValueError(f"cu_seqlens_{name}: begins at {starts[0]}, expected 0")
+        lengths.append([b - a for a, b in zip(starts, starts[1:])])
+        for i, length in enumerate(lengths[-1]):
+            if length < 0:
+                raise ValueError(f"cu_seqlens_{name}: falls from {starts[i]} to {starts[i + 1]}, "
+                                 "expected it to rise")
+        if starts[-1] != tokens:
+            raise ValueError(f"cu_seqlens_{name}: ends at {starts[-1]}, expected {tokens}, the "
+                             f"tokens of {name}")
+        if max(lengths[-1], default=0) > longest:
+            raise ValueError(f"max_seqlen_{name}: {longest}, but the longest sequence has "
+                             f"{max(lengths[-1])} tokens; pass at least that")
+    for i, (queries, keys) in enumerate(zip(*lengths)):
+        if queries > keys:
+            raise ValueError(f"cu_seqlens_q: sequence {i} has {queries} queries for {keys} keys, "
+                             "expected at most as many: they are the last of the keys' tokens")

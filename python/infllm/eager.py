@@ -34,7 +34,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     """Whether nobody but us has to see a call with these tensors."""
     if torch.compiler.is_compiling() or not _KNOWN:
         return False
-    return (all(x is None or type(x) in _PLAIN for x in tensors)
+    return (all(x is None or (type(x) in _PLAIN and not x.is_meta) for x in tensors)
             and not any(listens() for listens in _LISTENERS))
 
 

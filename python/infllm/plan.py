@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infllm.checks import check_config, check_ints, check_length
 from infllm.config import SparseConfig
 
 
@@ -23,6 +24,7 @@ class Plan:
     sparse: Tensor | None  # bool [B]; None: no sequence can be sparse
     max_seqlen_q: int
     max_seqlen_k: int
+    sparse_config: SparseConfig | None = None  # what ``sparse`` was decided with
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what ``infllm.eager`` keeps here: that belongs to the process."""
@@ -33,6 +35,18 @@ def batch_of(plan: Plan) -> tuple[Any, ...]:
     """The fields as the operators take them."""
     return (plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length, plan.page_table, plan.sparse,
             plan.max_seqlen_q, plan.max_seqlen_k)
+
+
+def check_plan(plan: Plan, config: SparseConfig) -> None:
+    """The plan's switch is the config's."""
+    made = plan.sparse_config
+    if made is None:
+        raise ValueError("plan: made without sparse_config, so that no sequence could be sparse; "
+                         "pass it to make_plan too")
+    for name in ("dense_len", "block_size"):
+        if getattr(made, name) != getattr(config, name):
+            raise ValueError(f"plan: made for {name} = {getattr(made, name)}, but sparse_config "
+                             f"has {getattr(config, name)}; expected the same")
 
 
 def make_plan(
@@ -54,8 +68,10 @@ def make_plan(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu.dtype is not torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
-            raise ValueError(f"{name}: {cu.dtype} {list(cu.shape)}, expected int32 [B + 1]")
+        check_ints(name, cu, "[B + 1]")
+    max_seqlen_q = check_length("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check_length("max_seqlen_k", max_seqlen_k)
+    check_config(sparse_config)
     sequences = cu_seqlens_k.shape[0] - 1
     if cu_seqlens_q.shape[0] - 1 != sequences:
         raise ValueError(f"cu_seqlens_q: {cu_seqlens_q.shape[0] - 1} sequences, but cu_seqlens_k "
@@ -70,7 +86,7 @@ def make_plan(
     page_table = (starts // config.block_size + index)[:, None] + pages
     return Plan(cu_seqlens_q, cu_seqlens_k, kv_length, page_table,
                 _sparse_flags(kv_length, max_seqlen_k, sparse_config, sparse), max_seqlen_q,
-                max_seqlen_k)
+                max_seqlen_k, sparse_config)
 
 
 def uniform_plan(batch: int, seqlen_q: int, seqlen_k: int, device: torch.device, *,

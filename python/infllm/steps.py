@@ -15,7 +15,7 @@ from torch import Tensor
 from infllm import _native
 from infllm.attention import attention, pack, plan_of, scale_of
 from infllm.call import Arrays, Pages, address, columns_of, config_of, lse_type
-from infllm.checks import check_batch, check_qkv
+from infllm.checks import check_batch, check_config, check_qkv, check_tensors
 from infllm.columns import column_of
 from infllm.config import SparseConfig
 from infllm.ops import BATCH, OPTIONS, implement, library
@@ -42,6 +42,8 @@ def compress(k: Tensor, cu_seqlens_k: Tensor | None = None, max_seqlen_k: int | 
         k with zeros behind the last sequence's, and int32 [B + 1] each, where a sequence begins in
         them. Only complete windows exist.
     """
+    check_tensors(k=k)
+    check_config(sparse_config, needed=True)
     plan = plan_of(k, k, cu_seqlens_k, None, max_seqlen_k, max_seqlen_k, sparse_config, True)
     config = sparse_config
     fine, coarse = torch.ops.infllm.compress(k.detach(), plan.cu_seqlens_k, plan.kv_length,
@@ -69,6 +71,8 @@ def score(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None = None,
         the local window, -inf for what lies ahead of the token. A token whose blocks all fit in
         the budget has +inf for all of them.
     """
+    check_tensors(q=q, k=k)
+    check_config(sparse_config, needed=True)
     if plan is None:
         plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
                        True)
@@ -93,6 +97,8 @@ def select(scores: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Ten
     Returns:
         int32 [Hkv, T, K], ascending, -1 behind the last; K = ``sparse_config.columns(...)``.
     """
+    check_tensors(scores=scores)
+    check_config(sparse_config, needed=True)
     if scores.dim() != 3 or scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores: {scores.dtype} {list(scores.shape)}, expected float32 "
                          "[Hkv, T, N]")

@@ -19,7 +19,7 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positio
                          unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """q and k are [B, H, S, D]."""
     cos, sin = (x[position_ids].unsqueeze(unsqueeze_dim) for x in (cos, sin))
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    return tuple((x * cos + rotate_half(x) * sin).to(x.dtype) for x in (q, k))
 
 
 class Rotary(nn.Module):
@@ -28,8 +28,8 @@ class Rotary(nn.Module):
         self.head_dim = head_dim
 
     def forward(self, x: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-        rates = 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
-        angles = torch.outer(torch.arange(seq_len), rates).repeat(1, 2)
+        rates = 10000.0 ** (-torch.arange(0, self.head_dim, 2, device=x.device) / self.head_dim)
+        angles = torch.outer(torch.arange(seq_len, device=x.device), rates).repeat(1, 2)
         return angles.cos(), angles.sin()
 
 
@@ -106,12 +106,13 @@ class Model(nn.Module):
                 past_key_values: Cache | None = None) -> Tensor:
         batch, tokens, _ = inputs_embeds.shape
         held = past_key_values.get_seq_length() if past_key_values is not None else 0
-        position_ids = torch.arange(held, held + tokens)[None]
+        device = inputs_embeds.device
+        position_ids = torch.arange(held, held + tokens, device=device)[None]
         if self._use_flash_attention_2:
             if attention_mask is None:
                 raise ValueError("need attention_mask")
         else:
-            causal = torch.ones(tokens, held + tokens, dtype=torch.bool).tril(held)
+            causal = torch.ones(tokens, held + tokens, dtype=torch.bool, device=device).tril(held)
             seen = True if attention_mask is None else attention_mask.bool()[:, None, None]
             attention_mask = (causal & seen).expand(batch, 1, -1, -1)
         x = inputs_embeds

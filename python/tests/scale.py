@@ -3,6 +3,9 @@
 
     torchrun --nproc-per-node 4 python/tests/scale.py                  # NCCL, one GPU a process
     torchrun --nproc-per-node 2 python/tests/scale.py --backend gloo   # CPU
+    torchrun --nproc-per-node 4 python/tests/scale.py --backend gloo --device cuda
+
+The last takes fewer GPUs than processes too, which NCCL refuses; nothing is timed then.
 
 Every process also computes the whole alone and compares its part of it: relative L2 norms of the
 difference. The bound is that of the roundings in which the two differ: results and gradients of W
@@ -47,7 +50,7 @@ def lengths_of(tokens):
 class Setting:
     def __init__(self, args):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.cuda = args.backend == "nccl"
+        self.cuda, self.timed = args.device == "cuda", args.backend == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else "cpu"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.worst = 0.0
@@ -59,6 +62,8 @@ class Setting:
         self.worst = max(self.worst, float(error) / limit)
         if self.rank == 0:
             device = torch.cuda.get_device_name() if self.cuda else "cpu"
+            if self.cuda:
+                more["gpus"] = min(self.world, torch.cuda.device_count())
             record = {"name": f"scale.{name}", "processes": self.world, "device": device,
                       "date": datetime.date.today().isoformat(), **more,
                       "error": float(f"{float(error):.3g}"), "bound": float(f"{limit:.3g}")}  # fmt: skip
@@ -72,9 +77,7 @@ def inputs(setting, tokens, heads, kv_heads, dim, seed=1):
 
 
 def milliseconds(setting, run, times=3):
-    """Median time of run() between CUDA events; None on the CPU."""
-    if not setting.cuda:
-        return None
+    """Median time of run() between CUDA events."""
     taken = []
     for _ in range(times + 1):
         dist.barrier()
@@ -89,7 +92,7 @@ def milliseconds(setting, run, times=3):
 
 def check_context_parallel(setting, cu, heads, kv_heads, dim, config, compiled=False, timed=False):
     q, k, v, grad = inputs(setting, cu[-1], heads, kv_heads, dim)
-    plan = context_parallel.plan(cu, sparse_config=config)
+    plan = context_parallel.plan(cu, sparse_config=config, device=setting.device)
     whole = infllm.make_plan(
         torch.tensor(cu, dtype=torch.int32, device=setting.device), None,
         *[max(b - a for a, b in zip(cu, cu[1:]))] * 2, sparse_config=config,
@@ -186,12 +189,14 @@ def check_data_parallel(setting, kind):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda with nccl")
     args = parser.parse_args()
-    if args.backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    args.device = args.device or ("cuda" if args.backend == "nccl" else "cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(args.backend)
     setting = Setting(args)
-    small = 768 if args.backend == "gloo" else 16384
+    small = 16384 if setting.cuda else 768
     for config in (None, SPARSE):
         check_context_parallel(setting, lengths_of(small), 8, 1, 64, config)
     check_context_parallel(setting, lengths_of(small), 8, 1, 64, SPARSE, compiled=True)
@@ -199,7 +204,7 @@ def main():
         check_data_parallel(setting, kind)
     if setting.cuda:
         for tokens, config in ((32768, None), (131072, infllm.SparseConfig())):
-            check_context_parallel(setting, [0, tokens], 32, 2, 128, config, timed=True)
+            check_context_parallel(setting, [0, tokens], 32, 2, 128, config, timed=setting.timed)
     worst = setting.worst
     dist.barrier()
     dist.destroy_process_group()

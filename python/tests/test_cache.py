@@ -101,5 +101,8 @@ def test_new_tokens_that_do_not_fit_together() -> None:
         infllm.attend_with_kvcache(q, cache, k.double(), k.double(), **rest)
     with pytest.raises(ValueError, match=r"v: torch.float32 \[2, 2, 64\]"):
         infllm.attend_with_kvcache(q, cache, k, k[:, :2], **rest)
-    with pytest.raises(ValueError, match=r"pages: .*expected uint8"):
-        infllm.attend_with_kvcache(q[..., :32], cache, k[..., :32], k[..., :32], **rest)
+    for change in (lambda x: x[..., :32], lambda x: x.bfloat16()):
+        with pytest.raises(ValueError, match=r"q, k and v: .*expected torch.float32 \[..., 64\]"):
+            infllm.attend_with_kvcache(change(q), cache, change(k), change(k), **rest)
+    with pytest.raises(TypeError, match="cache_seqlens: list, expected a torch.Tensor"):
+        infllm.attend_with_kvcache(q, cache, k, k, **{**rest, "cache_seqlens": [0]})

@@ -109,12 +109,12 @@ def test_a_plan_is_checked_for_every_shape_and_type() -> None:
         infllm.attention(q, k, v, plan=plan)
         with pytest.raises(ValueError, match=r"v: torch.float32 \[299, 2, 16\]"):
             infllm.attention(q, k, v[1:], plan=plan)
-        with pytest.raises(ValueError, match="max_seqlen_q = 299, but the longest sequence has 300"):
+        with pytest.raises(ValueError, match="cu_seqlens_q: ends at 300, expected 299"):
             infllm.attention(q[1:], k, v, plan=plan)
     assert infllm.attention(*(x.double() for x in (q, k, v)), plan=plan).dtype is torch.float64
     # A host looks into the plan's arrays each time.
     plan.cu_seqlens_q[1] = 299
-    with pytest.raises(ValueError, match="query_start ends at 299"):
+    with pytest.raises(ValueError, match="cu_seqlens_q: ends at 299, expected 300"):
         infllm.attention(q, k, v, plan=plan)
 
 

@@ -24,11 +24,19 @@ K = torch.randn(10, 2, 16)
     ({"q": Q[:, :3]}, "q: 3 heads for 2 KV heads, expected a multiple"),
     ({"q": torch.randn(11, 4, 16)}, "max_seqlen_q: 11, expected at most max_seqlen_k = 10"),
     ({"cu_seqlens_q": torch.tensor([0, 10])}, r"cu_seqlens_q: torch.int64 \[2\], expected int32"),
-    ({"cu_seqlens_q": starts((4, 5))}, "num_tokens = 10, but query_start ends at 9"),
+    ({"cu_seqlens_q": starts((4, 5))}, "cu_seqlens_q: ends at 9, expected 10, the tokens of q"),
     ({"cu_seqlens_q": torch.tensor([0, 12, 10], dtype=torch.int32)},
-     "max_seqlen_q: 12|falls from 12 to 10|has 12 tokens"),
+     "cu_seqlens_q: falls from 12 to 10"),
+    ({"cu_seqlens_q": torch.tensor([1, 10], dtype=torch.int32)},
+     "cu_seqlens_q: begins at 1, expected 0"),
+    ({"cu_seqlens_q": [0, 10]}, "cu_seqlens_q: list, expected a torch.Tensor"),
     ({"cu_seqlens_q": starts((10,)), "max_seqlen_q": 5},
-     "max_seqlen_q = 5, but the longest sequence has 10"),
+     "max_seqlen_q: 5, but the longest sequence has 10"),
+    ({"cu_seqlens_q": starts((10,)), "max_seqlen_q": 10.0}, "max_seqlen_q: 10.0, expected an int"),
+    ({"cu_seqlens_q": starts((6, 4)), "cu_seqlens_k": starts((5, 5))},
+     "cu_seqlens_q: sequence 0 has 6 queries for 5 keys|max_seqlen_q: 6"),
+    ({"cu_seqlens_q": starts((2, 8)), "cu_seqlens_k": starts((9, 1))},
+     "cu_seqlens_q: sequence 1 has 8 queries for 1 keys"),
     ({"cu_seqlens_q": starts((10,)), "cu_seqlens_k": starts((5, 5))},
      "cu_seqlens_q: 1 sequences, but cu_seqlens_k has 2"),
     ({"cu_seqlens_k": starts((10,))}, "cu_seqlens_k: given without cu_seqlens_q"),
@@ -41,10 +49,22 @@ K = torch.randn(10, 2, 16)
     ({"sparse_config": infllm.SparseConfig(block_size=128)}, "block_size = 128, but this device"),
     ({"sparse_config": infllm.SparseConfig(kernel_stride=10)}, "expected a multiple of"),
     ({"backend": "gpu"}, 'no device "gpu" here; choose one of: auto, cpu, reference'),
-    ({"selection": torch.zeros(2, 10, 1)}, r"selection: torch.float32 .*expected int32 \[2, 10"),
-    ({"selection": torch.full((2, 10, 1), 7, dtype=torch.int32)},
+    ({"q": Q.numpy()}, "q: ndarray, expected a torch.Tensor"),
+    ({"v": None}, "v: NoneType, expected a torch.Tensor"),
+    ({"sparse_config": {"topk": 3}}, "sparse_config: dict, expected infllm.SparseConfig; .*from_dict"),
+    ({"softmax_scale": "small"}, "softmax_scale: 'small', expected a number"),
+    ({"selection": torch.zeros(2, 10, 1, dtype=torch.int32)}, "selection: given without"),
+    ({"selection": torch.zeros(2, 10, 1), "sparse_config": SMALL},
+     r"selection: torch.float32 .*expected int32 \[2, 10"),
+    ({"selection": torch.full((2, 10, 1), 7, dtype=torch.int32), "sparse_config": SMALL},
      "selection: block 7, expected -1 to 0"),
-    ({"selection": torch.zeros((2, 10, 2), dtype=torch.int32)}, "selection: expected ascending"),
+    ({"selection": torch.zeros((2, 10, 2), dtype=torch.int32), "sparse_config": SMALL},
+     "selection: expected ascending"),
+    ({"plan": infllm.make_plan(starts((10,)), None, 10, 10), "sparse_config": SMALL},
+     "plan: made without sparse_config"),
+    ({"plan": infllm.make_plan(starts((10,)), None, 10, 10, sparse_config=SMALL),
+      "sparse_config": infllm.SparseConfig(dense_len=0)},
+     "plan: made for dense_len = 256, but sparse_config has 0"),
     ({"q": Q.int()}, "q: torch.int32|k: torch.float32"),
     ({"plan": infllm.make_plan(starts((10,)), None, 10, 10), "sparse": True},
      "plan: given with cu_seqlens, max_seqlen or sparse"),
@@ -70,6 +90,17 @@ def test_config_from_a_checkpoint() -> None:
         "window_size": 2048, "topk": 64, "use_nope": False, "dense_len": 8192})
     assert config == infllm.SparseConfig() and config.budget_blocks == 96
     assert infllm.SparseConfig.from_numbers(config.numbers()) == config
+
+
+def test_forward_mode_is_refused() -> None:
+    """PyTorch would take the derivative for zero."""
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: infllm.attention(q, K, K), (Q,), (Q,))
+
+
+def test_shapes_without_numbers() -> None:
+    out, lse = infllm.attention(*(x.to("meta") for x in (Q, K, K)), return_lse=True)
+    assert out.is_meta and out.shape == Q.shape and lse.shape == (4, 10)
 
 
 def test_half_precision_on_the_cpu() -> None:

@@ -103,6 +103,27 @@ def test_use_nope_scores_from_before_rope() -> None:
         model(x, past_key_values=Cache(1))
 
 
+@torch.no_grad()
+@pytest.mark.cuda
+def test_on_a_gpu() -> None:
+    """At most twice as far from float32 as the model's own attention in bfloat16 is."""
+    model = Model(layers=1, hidden=256).eval()
+    x = torch.randn(2, 300, 256).bfloat16()
+    mask = torch.ones(2, 300, dtype=torch.long)
+    mask[1, :40] = 0
+    true = model.bfloat16().float()(x.float(), mask)[mask.bool()]
+    model.bfloat16().cuda()
+    x, mask = x.cuda(), mask.cuda()
+    own = (model(x, mask)[mask.bool()].cpu() - true).abs().max()
+    minicpm4.patch(model)
+    whole = model(x, mask)[mask.bool()].cpu()
+    cache = Cache(1)
+    steps = [model(x[:, a:b], mask[:, :b], past_key_values=cache)
+             for a, b in ((0, 298), (298, 299), (299, 300))]
+    for ours in (whole, torch.cat(steps, 1)[mask.bool()].cpu()):
+        assert (ours - true).abs().max() <= 2 * own + torch.finfo(x.dtype).eps * true.abs().max()
+
+
 def test_gradients(model: Model) -> None:
     x = torch.randn(1, 200, 64)
     grads = []
