@@ -204,7 +204,7 @@ def _longest(name: str, bound: int | None, cu_seqlens: Tensor) -> int:
     if bound is not None:
         return bound
     check_ints(f"cu_seqlens_{name[-1]}", cu_seqlens, "[B + 1]")
-    if cu_seqlens.device.type != "cpu":
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         raise ValueError(f"{name}: missing, expected the longest sequence, or a bound on it; "
-                         "looking for it would wait for the device")
+                         "looking for it would wait for the device, or break a compiled graph")
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0

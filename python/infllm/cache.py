@@ -26,8 +26,8 @@ from infllm.config import SparseConfig
 from infllm.eager import is_eager, starts
 from infllm.ops import OPTIONS, implement, library
 
-_PLACES = ("Tensor cu_seqlens_q, Tensor kv_length, Tensor page_table, int max_seqlen_q, "
-           "int max_seqlen_k")
+_PLACES = ("Tensor cu_seqlens_q, Tensor kv_length, Tensor page_table, SymInt max_seqlen_q, "
+           "SymInt max_seqlen_k")
 
 library.define(f"cache_append_(Tensor(a!) pages, Tensor k, Tensor v, Tensor? k_score, {_PLACES}, "
                "int[] config, str backend) -> ()")

@@ -20,7 +20,7 @@ from infllm.checks import check_batch, check_qkv, check_scores, check_selection
 from infllm.config import SparseConfig
 
 BATCH = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
-          "Tensor? sparse, int max_seqlen_q, int max_seqlen_k")
+          "Tensor? sparse, SymInt max_seqlen_q, SymInt max_seqlen_k")
 OPTIONS = "float scale, int[] config, str backend"
 
 library = torch.library.Library("infllm", "DEF")

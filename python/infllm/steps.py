@@ -22,10 +22,10 @@ from infllm.ops import BATCH, OPTIONS, implement, library
 from infllm.plan import Plan, make_plan
 
 library.define("compress(Tensor k, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
-               "int max_seqlen_k, int[] config, str backend) -> (Tensor, Tensor)")
+               "SymInt max_seqlen_k, int[] config, str backend) -> (Tensor, Tensor)")
 library.define(f"score(Tensor q, Tensor k, {BATCH}, {OPTIONS}) -> Tensor")
 library.define("select(Tensor scores, Tensor cu_seqlens_q, Tensor kv_length, Tensor sparse, "
-               "int max_seqlen_q, int max_seqlen_k, int[] config, str backend) -> Tensor")
+               "SymInt max_seqlen_q, SymInt max_seqlen_k, int[] config, str backend) -> Tensor")
 
 
 def compress(k: Tensor, cu_seqlens_k: Tensor | None = None, max_seqlen_k: int | None = None, *,

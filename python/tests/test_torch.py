@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SMALL, Case, starts
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import infllm
@@ -110,18 +111,21 @@ def test_compile_fullgraph(case: Case, place: Place) -> None:
         torch.testing.assert_close(compiled, eager)
 
 
-def test_compile_with_dynamic_lengths() -> None:
-    seen = 0
+def test_compile_with_many_lengths() -> None:
+    """One program for the first length, one for the dense ones, one for the sparse ones."""
+    counter = CompileCounterWithBackend("aot_eager")
 
-    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    @torch.compile(fullgraph=True, backend=counter)
     def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return infllm.attention(q, k, v, sparse_config=SMALL)
 
-    for tokens in (300, 301, 350):
-        q, k, v = (torch.randn(tokens, 2, 16) for _ in range(3))
-        assert torch.equal(step(q, k, v), infllm.attention(q, k, v, sparse_config=SMALL))
-        seen += 1
-    assert seen == 3
+    for tokens in (300, 301, 350, 100, 200, 470, 255, 256):
+        q, k, v = (torch.randn(tokens, 2, 16, requires_grad=True) for _ in range(3))
+        out, expected = step(q, k, v), infllm.attention(q, k, v, sparse_config=SMALL)
+        grads = (torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, expected))
+        assert torch.equal(out, expected)
+        assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+    assert counter.frame_count <= 3
 
 
 def test_autocast(device: str) -> None:
