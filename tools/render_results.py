@@ -15,6 +15,7 @@ import sys
 
 import calls_table
 import chart
+import gpu_tests_table
 import region
 import results
 import sanitizer_table
@@ -328,7 +329,7 @@ def rendered(root):
     files.update(region.rendered(
         root / "README.md", *MARKS,
         lambda: readme_numbers(measurements, evaluations) + training_tables.summary(root)))
-    for tables in (training_tables, sanitizer_table, calls_table):
+    for tables in (training_tables, gpu_tests_table, sanitizer_table, calls_table):
         files.update(tables.rendered(root))
     return files
 

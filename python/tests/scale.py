@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 python/tests/scale.py --backend gloo   # CPU
     torchrun --nproc-per-node 4 python/tests/scale.py --backend gloo --device cuda
 
-The last takes fewer GPUs than processes too, which NCCL refuses; nothing is timed then.
+The last takes fewer GPUs than processes too, which NCCL refuses; nothing is timed then, and what
+gloo cannot do with a GPU's memory goes through the host's.
 
 Every process also computes the whole alone and compares its part of it: relative L2 norms of the
 difference. The bound is that of the roundings in which the two differ: results and gradients of W
@@ -22,6 +23,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -51,6 +53,7 @@ class Setting:
     def __init__(self, args):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.cuda, self.timed = args.device == "cuda", args.backend == "nccl"
+        self.through_host = self.cuda and args.backend == "gloo"
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else "cpu"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.worst = 0.0
@@ -68,6 +71,35 @@ class Setting:
                       "date": datetime.date.today().isoformat(), **more,
                       "error": float(f"{float(error):.3g}"), "bound": float(f"{limit:.3g}")}  # fmt: skip
             print(json.dumps(record), flush=True)
+
+
+class HostGather:
+    """FSDP2's all-gather by way of the host."""
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        whole = torch.empty(output_tensor.shape, dtype=output_tensor.dtype)
+        dist.all_gather_into_tensor(whole, input_tensor.cpu(), group=group)
+        output_tensor.copy_(whole)
+
+
+class HostScatter(HostGather):
+    """Its reduce-scatter; gloo adds up, but takes no means."""
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        part = torch.empty(output_tensor.shape, dtype=output_tensor.dtype)
+        dist.reduce_scatter_tensor(part, input_tensor.cpu(), group=group)
+        output_tensor.copy_(part / (dist.get_world_size(group) if op == dist.ReduceOp.AVG else 1))
+
+
+def go_through_the_host():
+    """Context parallelism's collectives likewise."""
+    for name in ("_all_gather", "_reduce_scatter"):
+        def collective(x, *args, direct=getattr(context_parallel, name)):
+            return funcol.wait_tensor(direct(x.cpu(), *args)).to(x.device)
+        setattr(context_parallel, name, collective)
 
 
 def inputs(setting, tokens, heads, kv_heads, dim, seed=1):
@@ -173,14 +205,20 @@ def check_data_parallel(setting, kind):
         for layer in model.layers:
             fully_shard(layer)
         spread = fully_shard(model)
+        for module in (*model.layers, model) if setting.through_host else ():
+            module.set_custom_all_gather(HostGather())
+            module.set_custom_reduce_scatter(HostScatter())
     else:
         ids = [setting.device.index] if setting.cuda else None
         spread = nn.parallel.DistributedDataParallel(model, device_ids=ids)
     run(spread, tokens[setting.rank : setting.rank + 1])
     errors = []
     for a, b in zip(model.parameters(), alone.parameters()):
-        grad = a.grad.full_tensor() if hasattr(a.grad, "full_tensor") else a.grad
-        errors.append(relative(grad, b.grad))
+        if kind == "fsdp2":  # every process has a part of the rows
+            part, parts = a.grad.to_local(), b.grad.chunk(setting.world)
+            errors += [relative(part, parts[setting.rank])] if part.numel() else []
+        else:
+            errors.append(relative(a.grad, b.grad))
     # Activations and their gradients are rounded about eight times a layer, forward and backward.
     limit = bound(setting.dtype, setting.world, tokens.numel(), roundings=2 * 8 * 2)
     setting.report(kind, max(errors), limit, parameters=sum(p.numel() for p in alone.parameters()))
@@ -196,6 +234,8 @@ def main():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(args.backend)
     setting = Setting(args)
+    if setting.through_host:
+        go_through_the_host()
     small = 16384 if setting.cuda else 768
     for config in (None, SPARSE):
         check_context_parallel(setting, lengths_of(small), 8, 1, 64, config)
