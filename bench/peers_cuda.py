@@ -7,8 +7,9 @@
 Reads the lines of device_bench, runs PyTorch's scaled_dot_product_attention with its cuDNN and
 FlashAttention-2 backends at the same shapes (causal prefill for dense.forward and
 attention.forward, its gradients for the backward rows, one query token for the decode rows), and
-infllm_v2's published kernels where they are installed (published_peer.py), and writes every line of
-ours with its peers: peer, peer_ms, ratio. Run it right after device_bench, on the same machine.
+infllm_v2's published kernels where they are installed (published_peer.py) at the sparse rows, with
+the same kind of inputs, and writes every line of ours with its peers: peer, peer_ms, peer_version,
+ratio. Run it right after device_bench, on the same machine.
 Lines of other programs pass through unchanged. A line leaves ours.jsonl when it is in the output, so
 that each is in one of the two files whenever the program is stopped.
 """
@@ -18,6 +19,7 @@ import json
 import pathlib
 import statistics
 import sys
+import unittest.mock
 
 import published_peer
 import torch
@@ -25,6 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+PUBLISHED = "infllm_v2"
+PUBLISHED_LIMIT = 131072  # tokens beyond which its stage 1 needs more memory than there is
+FORWARD = ("compress.forward", "select.forward", "attend.forward", "attention.forward")
+BACKWARD = ("attend.backward", "attention.forward_backward")
 LONG = 200_000  # tokens from which a call takes seconds: one warm-up on fewer tokens, one run
 FLASH_LIMIT = 300_000  # FlashAttention-2 would take minutes beyond
 
@@ -58,7 +64,8 @@ def graphed(call):
     try:
         with torch.cuda.graph(graph):
             call()
-    except RuntimeError:
+    except RuntimeError as error:
+        print(f"launched, not replayed: {str(error).splitlines()[0]}", file=sys.stderr)
         return call
     return graph.replay
 
@@ -117,22 +124,57 @@ def dense_decode(shape, backend):
         return milliseconds(graphed(call), 5) / len(layers)
 
 
-def published_prefill(module, shape):
-    """Milliseconds of the published kernels' two steps."""
-    select, attend = published_peer.steps(module, shape)
-    return milliseconds(select, 3), milliseconds(attend, 3)
+def published_forward(module, shape, kind):
+    """{our name: milliseconds} of the published kernels' steps on a prompt, and of all of them."""
+    peer = published_peer.Prefill(module, shape, kind)
+    print(f"{PUBLISHED} {shape['tokens']} {kind}: overlap {peer.overlap:.3f}", flush=True)
+    calls = (peer.compress, peer.select, peer.attend, peer.forward)
+    return {name: milliseconds(call, 3) for name, call in zip(FORWARD, calls)}
+
+
+def published_backward(module, shape, kind):
+    """{our name: milliseconds} of their gradients alone, and of all steps with them.
+
+    Their backward pass gives PyTorch's unused memory back to the device, twice a call, which costs more
+    than its kernels on short prompts; that is left out."""
+    peer = published_peer.Prefill(module, shape, kind)
+    leaves = peer.leaves()
+    o = peer.attend(leaves)
+    grad_o = torch.randn_like(o)
+
+    def alone():
+        torch.autograd.grad(o, leaves, grad_o, retain_graph=True)
+
+    def whole():
+        torch.autograd.grad(peer.forward(leaves), leaves, grad_o)
+
+    with unittest.mock.patch.object(torch.cuda, "empty_cache", lambda: None):
+        return {name: milliseconds(call, 3) for name, call in zip(BACKWARD, (alone, whole))}
+
+
+def published_decode(module, shape):
+    """{our name: milliseconds} of a token of each sequence; layers in turn as in device_bench."""
+    width = 4 * shape["batch"] * shape["heads_kv"] * shape["head_dim"]
+    bytes_of_layer = width * (64 * shape["blocks"] + shape["tokens"] * 5 // 128)
+    layers = max(2, min(24, 200_000_000 // bytes_of_layer + 1))
+    peer = published_peer.Decode(module, shape, layers)
+    return {"attention.decode": milliseconds(graphed(peer.step), 5) / layers}
 
 
 class Peers:
-    """Peers' times by shape, each measured once."""
+    """Peers' times by shape, each measured once; of those that are wanted and there."""
 
-    def __init__(self):
+    def __init__(self, wanted):
         self.known = {}
+        self.backends = [name for name in BACKENDS if name in wanted]
+        self.versions = dict.fromkeys(BACKENDS, f"PyTorch {torch.__version__}")
         self.published = None
-        try:
-            self.published = published_peer.load()
-        except ImportError as error:
-            print(f"without the published kernels: {error}", file=sys.stderr)
+        if PUBLISHED in wanted:
+            try:
+                self.published = published_peer.load()
+                self.versions[PUBLISHED] = published_peer.version(self.published)
+            except ImportError as error:
+                print(f"without the published kernels: {error}", file=sys.stderr)
 
     def measure(self, key, call):
         if key not in self.known:
@@ -153,7 +195,7 @@ class Peers:
         found = {}
         if kind in ("dense.forward", "attention.forward", "dense.decode", "attention.decode"):
             prefill = kind.endswith("forward")
-            for backend in BACKENDS:
+            for backend in self.backends:
                 if backend == "flash2" and prefill and shape["tokens"] > FLASH_LIMIT:
                     continue
                 run = dense_prefill if prefill else dense_decode
@@ -162,18 +204,27 @@ class Peers:
                     lambda run=run, backend=backend: run(shape, backend))
         if kind in ("dense.backward", "attend.backward", "dense.forward_backward",
                     "attention.forward_backward") and shape["tokens"] <= LONG:
-            for backend in BACKENDS:
+            for backend in self.backends:
                 both = kind.endswith("forward_backward")
                 found[backend] = self.measure(
                     (backend, "forward_backward" if both else "backward", *place),
                     lambda both=both, backend=backend: dense_backward(shape, backend, both))
-        published = ("select.forward", "attend.forward", "attention.forward")
-        if self.published and kind in published and shape["tokens"] <= 131072:
-            both = self.measure(("infllm_v2", *place), lambda: published_prefill(self.published, shape))
-            if both is not None:
-                found["infllm_v2"] = {"select.forward": both[0], "attend.forward": both[1],
-                                      "attention.forward": sum(both)}[kind]
+        if self.published and shape["tokens"] <= PUBLISHED_LIMIT:
+            found[PUBLISHED] = self.of_published(kind, line, place)
         return {peer: value for peer, value in found.items() if value is not None}
+
+    def of_published(self, name, line, place):
+        """Milliseconds of the published kernels at what the line measures, None if they do not do it."""
+        shape, inputs = line["shape"], line.get("input", "random")
+        if inputs == "trace":
+            return None  # another model's selections
+        for names, run in ((FORWARD, lambda: published_forward(self.published, shape, inputs)),
+                           (BACKWARD, lambda: published_backward(self.published, shape, inputs)),
+                           (("attention.decode",), lambda: published_decode(self.published, shape))):
+            if name in names:
+                times = self.measure((PUBLISHED, names[-1], *place, inputs), run)
+                return times and times[name]
+        return None
 
 
 def with_peers(line, peers):
@@ -182,7 +233,7 @@ def with_peers(line, peers):
     lines = [line] if not found or "peer" in line else []
     for peer, value in found.items():
         lines.append({**line, "peer": peer, "peer_ms": round(value, 5),
-                      "ratio": round(value / line["ms"], 4)})
+                      "peer_version": peers.versions[peer], "ratio": round(value / line["ms"], 4)})
     return lines
 
 
@@ -190,8 +241,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ours", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="lines are appended")
+    parser.add_argument("--peers", default=",".join((*BACKENDS, PUBLISHED)),
+                        help="which of them, all by default: %(default)s")
     options = parser.parse_args()
-    peers = Peers()
+    peers = Peers(options.peers.split(","))
     waiting = options.ours.read_text(encoding="utf-8").splitlines(keepends=True)
     with options.output.open("a", encoding="utf-8") as output:
         while waiting:

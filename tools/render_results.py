@@ -26,9 +26,30 @@ HEADER = """# Performance
 
 Rendered from `bench/results/*.jsonl` by `tools/render_results.py`; `make bench` adds this machine's
 lines and renders again. Times are medians, with the fastest and the slowest run behind them. A
-peer ran beside the measured code in one process on the same inputs; a ratio above 1 means that the
+peer ran right beside the measured code, on inputs of the same kind; a ratio above 1 means that the
 measured code is faster.
+
+On a GPU the peers are PyTorch's attention and, if it is installed, `infllm_v2`, the package of the
+published InfLLM-V2 kernels. From its sources, with two names that its CUTLASS misses in CUDA 13:
+
+```sh
+git clone --recursive https://github.com/OpenBMB/infllmv2_cuda_impl
+export NVCC_APPEND_FLAGS="\
+  -DPFN_cuTensorMapEncodeTiled=PFN_cuTensorMapEncodeTiled_v12000 \
+  -DPFN_cuTensorMapEncodeIm2col=PFN_cuTensorMapEncodeIm2col_v12000"
+pip install --no-build-isolation ./infllmv2_cuda_impl
+export INFLLM_V2_COMMIT=$(git -C infllmv2_cuda_impl rev-parse HEAD)
+(cd bench && python3 -m unittest published_peer_test)  # it computes what the algorithm says
+tools/gpu_bench.sh build/release bench/results/h200.jsonl attention backward
+```
+
+Its steps are called as MiniCPM4's model code calls them (`bench/published_peer.py`); the pooled keys,
+which it leaves to its caller, are PyTorch's means. One token's steps are replayed as a graph, as ours
+are; a prompt's are launched one after the other. Its gradients wait for the device on the way, which
+counts; that they give PyTorch's unused memory back twice a call does not.
 """
+
+
 def number(value):
     """Three significant digits, thousands in full."""
     if value is None:
@@ -141,6 +162,16 @@ def device_label(records):
     return f'{records[0]["device"]}' + "".join(f", {d}" for d in drivers) + f" ({days})"
 
 
+def versions(records):
+    """'Peers: cudnn and flash2 of PyTorch 2.11.0; infllm_v2 of 0.1.0, f908e73.', or nothing."""
+    peers = {}
+    for r in records:
+        if "peer_version" in r:
+            peers.setdefault(r["peer_version"], set()).add(r["peer"])
+    of = sorted(f'{" and ".join(sorted(names))} of {version}' for version, names in peers.items())
+    return f'Peers: {"; ".join(of)}.\n' if of else ""
+
+
 def by_device(measurements):
     devices = {}
     for record in sorted(measurements, key=sort_key):
@@ -190,7 +221,13 @@ def share(counts):
 
 # What a picture shows as dense attention: the best of these that ran beside the sparse one.
 DENSE_PEERS = ("cudnn", "dense")
-PUBLISHED = "infllmv2_cuda_impl"  # the backend of the published kernels' lines
+PUBLISHED = "infllm_v2"  # the peer that the published kernels are
+
+
+def kind_of(record):
+    """What the records of one picture have in common."""
+    return (record["name"], record["device"], record["backend"], shape_label(record["shape"]),
+            record.get("input", ""))
 
 
 def dense_pairs(measurements):
@@ -199,8 +236,7 @@ def dense_pairs(measurements):
     for r in sorted(measurements, key=sort_key):
         if (r["name"] == "attention.forward" and r.get("peer") in DENSE_PEERS
                 and "tokens" in r["shape"]):
-            group = (r["device"], r["backend"], shape_label(r["shape"]), r.get("input", ""))
-            groups.setdefault(group, {}).setdefault(r["peer"], []).append(r)
+            groups.setdefault(kind_of(r)[1:], {}).setdefault(r["peer"], []).append(r)
     kept = {}
     for group, by_peer in groups.items():
         records = next(by_peer[peer] for peer in DENSE_PEERS if peer in by_peer)
@@ -209,18 +245,13 @@ def dense_pairs(measurements):
     return kept
 
 
-def heads(record):
-    return tuple(record["shape"].get(name) for name in ("heads_q", "heads_kv", "head_dim", "batch"))
-
-
 def lines_of(records, measurements):
     """The picture's lines: dense, the published kernels where known, ours, what the limit allows."""
     peer = records[0]["peer"]
     lines = {"dense" if peer == "dense" else f"dense ({peer})":
              [(r["shape"]["tokens"], r["peer_ms"]) for r in records]}
-    published = [(r["shape"]["tokens"], r["ms"]) for r in measurements
-                 if r["name"] == "attention.forward" and r["backend"] == PUBLISHED
-                 and r["device"] == records[0]["device"] and heads(r) == heads(records[0])]
+    published = [(r["shape"]["tokens"], r["peer_ms"]) for r in measurements
+                 if r.get("peer") == PUBLISHED and kind_of(r) == kind_of(records[0])]
     if published:
         lines["published kernels"] = published
     lines["sparse" if peer == "dense" else "infllm.cpp"] = [
@@ -249,6 +280,8 @@ def performance(measurements, evaluations):
         out.append(f"![{title}]({name})\n")
     for records in by_device(measurements).values():
         out.append(f"## {device_label(records)}\n")
+        if said := versions(records):
+            out.append(said)
         for family, members in families(records).items():
             out += [f"### {family}\n", table(MEASUREMENT_HEAD, [measurement_row(r) for r in members])]
             steps = [step_row(r) for r in members if "steps_ms" in r]

@@ -204,11 +204,13 @@ class RenderTest(unittest.TestCase):
                 at(32768, 8.0, peer="cudnn", peer_ms=32.0, ratio=4.0),
                 at(8192, 1.0, peer="dense", peer_ms=3.0, ratio=3.0),
                 at(32768, 8.0, peer="dense", peer_ms=40.0, ratio=5.0)]
-        published = at(32768, 20.0)
-        for field in ("peer", "peer_ms", "ratio"):
-            del published[field]
-        self.write(*ours, {**published, "backend": render_results.PUBLISHED})
+        published = [at(32768, 8.0, peer=render_results.PUBLISHED, peer_ms=20.0, ratio=2.5,
+                        peer_version="0.1.0, f908e73"),
+                     at(32768, 9.0, peer=render_results.PUBLISHED, peer_ms=30.0, ratio=3.33,
+                        input="random")]
+        self.write(*ours, *published)
         self.render()
+        self.assertIn("Peers: infllm_v2 of 0.1.0, f908e73.", self.text("docs/performance.md"))
         text = self.text("docs/attention-time-1.svg")
         self.assertFalse((self.root / "docs/attention-time-2.svg").exists())
         labels = [label.text for label in

@@ -9,7 +9,7 @@ MEASUREMENT = {
     "name": str, "backend": str, "device": str, "driver": str, "commit": str, "date": str,
     "shape": dict, "input": str, "ms": NUMBER, "ms_low": NUMBER, "ms_high": NUMBER,
     "tflops": NUMBER, "gbps": NUMBER, "roofline": NUMBER, "peer": str, "peer_ms": NUMBER,
-    "peer_unfinished": bool,  # stopped at peer_ms: it and the ratio are lower bounds
+    "peer_version": str, "peer_unfinished": bool,  # stopped at peer_ms: it and the ratio are lower bounds
     "ratio": NUMBER, "note": str, "column": str, "threads": int, "dtype": str, "model": str,
     "visible_share": NUMBER, "overlap": NUMBER, "steps_ms": dict,
 }
