@@ -45,6 +45,54 @@ def test_padding(model: torch.nn.Module, side: str) -> None:
     torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_by_positions(model: torch.nn.Module, batch: int) -> None:
+    """Positions that begin anew separate sequences; each layer and a second look agree."""
+    ids = torch.randint(1, 64, (batch, 90))
+    for lengths in ((40, 50), (1, 30, 59), (90,)):
+        places = torch.cat([torch.arange(n) for n in lengths])[None].expand(batch, -1)
+        for _ in range(2):
+            ours = logits(model, "infllm", input_ids=ids, position_ids=places, use_cache=False)
+        alone = torch.cat([logits(model, "sdpa", input_ids=part)
+                           for part in ids.split(lengths, dim=1)], 1)
+        torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_written_anew_are_looked_at_anew(model: torch.nn.Module) -> None:
+    ids = torch.randint(1, 64, (1, 60))
+    places = torch.arange(60)[None]
+    whole = logits(model, "infllm", input_ids=ids, position_ids=places, use_cache=False)
+    places[:, 20:] -= 20
+    packed = logits(model, "infllm", input_ids=ids, position_ids=places, use_cache=False)
+    torch.testing.assert_close(packed[:, 20:], logits(model, "sdpa", input_ids=ids[:, 20:]),
+                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed[:, :20], whole[:, :20], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_and_compiled_is_refused(model: torch.nn.Module) -> None:
+    ids = torch.randint(1, 64, (1, 60))
+    model.set_attn_implementation("infllm")
+    step = torch.compile(lambda places: model(input_ids=ids, position_ids=places, use_cache=False)
+                         .logits, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(step(torch.arange(60)[None]), model(input_ids=ids).logits)
+        with pytest.raises(RuntimeError, match="position_ids: they begin anew"):
+            step((torch.arange(60) % 30)[None])
+
+
+def test_static_cache(model: torch.nn.Module) -> None:
+    ids = torch.randint(1, 64, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    outputs = []
+    for implementation in ("infllm", "sdpa"):
+        model.set_attn_implementation(implementation)
+        outputs += [model.generate(x, attention_mask=m, max_new_tokens=6, do_sample=False,
+                                   cache_implementation="static", disable_compile=True)
+                    for x, m in ((ids, mask), (ids[:1], mask[:1]))]
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+
+
 def test_generate(model: torch.nn.Module) -> None:
     ids = torch.randint(1, 64, (1, 70))
     outputs = []

@@ -7,12 +7,14 @@
     hf.set_sparse_config(model, infllm.SparseConfig())    # without it: the config.json's, or dense
 
 Any model whose attention goes through transformers' AttentionInterface, causal and without sliding
-windows. Padding masks are followed, which waits for the device; packed batches (cu_seq_lens_q and
-the like) are not waited for.
+windows. Padding masks are followed, and so are packed sequences, told by position_ids that begin anew;
+once a forward pass that waits for the device. Sequences told by cu_seq_lens_q and the like are not
+waited for, and are the way to have packed ones under torch.compile.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -28,11 +30,23 @@ _ATTRIBUTE = "_infllm_sparse_config"
 def register(name: str = NAME) -> None:
     """Makes ``attn_implementation=name`` known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(name, attention_forward)
-    # Nothing, or the [B, S] mask of padding: never one of [S, S].
-    AttentionMaskInterface.register(name, flash_attention_mask)
+    AttentionMaskInterface.register(name, _mask)
+
+
+def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0,
+          kv_offset: int = 0, attention_mask: Tensor | None = None, device: Any = None,
+          **_: Any) -> Tensor | None:
+    """Nothing, or the [B, S] mask of padding: never one of [S, S]. A static cache has room behind
+    its keys; the mask ends where they do."""
+    held = int(q_offset) + q_length - kv_offset
+    mask = None if attention_mask is None else attention_mask[:, -kv_length:][:, :held]
+    if mask is not None and mask.shape[1] == held and bool(mask.all()):
+        mask = None
+    if mask is None and held < kv_length:
+        mask = torch.ones(batch_size, held, dtype=torch.bool, device=device)
+    return mask
 
 
 def set_sparse_config(model: nn.Module, config: SparseConfig | None) -> None:
@@ -78,16 +92,51 @@ def attention_forward(
                         **options)
         return out.view(q.shape), None
     if attention_mask is None:
-        return attention(q, k, v, **options), None
+        packed = _packed(kwargs.get("position_ids"), q, k)
+        if packed is None:
+            return attention(q, k, v, **options), None
+        cu_seqlens, longest = packed
+        out = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens,
+                        max_seqlen_q=longest, **options)
+        return out.view(q.shape), None
     if attention_mask.dim() != 2:
         raise NotImplementedError(f"attention_mask: {list(attention_mask.shape)}, expected the "
                                   "padding mask [B, S] or none")
-    return attend_padded(q, k, v, attention_mask.bool(), options), None
+    held = attention_mask.shape[1]
+    return attend_padded(q, k[:, :held], v[:, :held], attention_mask.bool(), options), None
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     told = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if told is None else told)
+
+
+_looked: tuple[Any, ...] = ()  # what the layers of a forward pass need not look at again
+
+
+def _packed(position_ids: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, int] | None:
+    """cu_seqlens and the longest sequence, where position_ids begin anew within a row."""
+    global _looked
+    batch, tokens = q.shape[:2]
+    if (position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens
+            or tokens != k.shape[1] or tokens == 1):
+        return None
+    if torch.compiler.is_compiling():
+        torch._assert_async((position_ids.diff() > 0).all(), "position_ids: they begin anew within "
+                            "a row; under torch.compile packed sequences need cu_seq_lens_q, "
+                            "cu_seq_lens_k, max_length_q and max_length_k")
+        return None
+    seen = (position_ids._version, batch) if not position_ids.is_inference() else None
+    if _looked and seen is not None and _looked[0]() is position_ids and _looked[1] == seen:
+        return _looked[2]
+    begins = torch.nn.functional.pad(position_ids.diff() <= 0, (1, 0), value=True)
+    found = None
+    if bool(begins[:, 1:].any()):
+        starts = begins.expand(batch, tokens).flatten().nonzero().flatten()
+        ends = torch.nn.functional.pad(starts, (0, 1), value=batch * tokens)
+        found = ends.to(torch.int32), int(ends.diff().max())
+    _looked = weakref.ref(position_ids), seen, found
+    return found
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any],
