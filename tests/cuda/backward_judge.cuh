@@ -181,15 +181,6 @@ class Judge {
   int dim_;
 };
 
-inline Report sum_of(const std::vector<Report>& reports) {
-  Report total;
-  for (const Report& r : reports) {
-    total.worst = std::max(total.worst, r.worst);
-    total.wrong += r.wrong;
-  }
-  return total;
-}
-
 template <typename T>
 Report check_queries(const Bed<T>& bed, const Judge<T>& judge, const std::vector<T>& grad_q) {
   const Rig<T>& rig = bed.rig;

@@ -8,15 +8,14 @@
 //                                 taken twice and must repeat bit by bit; exit status 1 on a
 //                                 failure
 //   backward_main tiny            small shapes, each taken once, for compute-sanitizer
-//   backward_main repeat [N]      100 (or N) runs of shapes with cut lists, dense and sparse: all
-//                                 the same bits
+//   backward_main repeat [N]      100 (or N) runs of shapes with cut lists and ragged batches,
+//   dense
+//                                 and sparse: all the same bits
 //   backward_main bench [correlated | random | dense] [d64] [gN] N...
 //                                 milliseconds and useful TFLOP/s: neighbours share 0.8 of their
 //                                 free blocks, draw their own, or see all; else all three; for
 //                                 dimension 64 instead of 128, for groups of N heads instead of 16
 //   backward_main align N...      milliseconds of the selection-alignment loss of the last 512 rows
-#include <cstring>
-
 #include "infllm/backend/cuda/align/align.h"
 #include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/device.h"
@@ -24,7 +23,7 @@
 #include "infllm/backend/cuda/sm90/attend.h"
 #include "infllm/backend/cuda/sm90/attend_backward.h"
 #include "tests/cuda/backward_judge.cuh"
-#include "tests/cuda/shard.h"
+#include "tests/cuda/prefill_cases.h"
 
 namespace infllm::cuda {
 namespace {
@@ -42,78 +41,45 @@ std::size_t backward_bytes(const Backend& backend, const AttendBackwardParams& p
                             : backward::attend_backward_bytes(backend, p);
 }
 
-template <typename Run>
-void with_workspace(std::size_t bytes, Run&& run) {
-  const Array<std::byte> workspace(bytes);
-  must(run(std::span<std::byte>(workspace.data, bytes)));
-  must(cudaDeviceSynchronize());
-}
-
+// Of one run, on the device.
 template <typename T>
-Gradients<T> differentiate(const Backend& backend, const Bed<T>& bed) {
-  const Array<T> q(bed.rig.queries.size()), k(bed.key_count()), v(bed.key_count());
-  const AttendBackwardParams p = bed.params(q.data, k.data, v.data);
-  with_workspace(backward_bytes(backend, p), [&](auto w) { return run_backward(backend, p, w); });
-  return {q.host(), k.host(), v.host()};
-}
-
-template <typename T>
-bool same(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
-
-// Ascending blocks, the first one nearly always, holes, rows without any, numbers that are none.
-template <typename T>
-std::vector<int> any_selection(const Rig<T>& rig, int columns) {
-  const std::int64_t blocks = (rig.batch.max_kv_length + 63) / 64;
-  const std::size_t rows = std::size_t(rig.c.heads_kv) * rig.batch.num_tokens;
-  std::vector<int> selection(rows * columns, -1);
-  Random random{5};
-  for (std::size_t r = 0; r < rows; ++r) {
-    if (random.below(7) == 0) continue;
-    int at = 0;
-    const int stride = 1 + random.below(int(std::max<std::int64_t>(1, 2 * blocks / columns)));
-    for (int b = 0; b < blocks && at < columns; b += 1 + random.below(stride)) {
-      selection[r * columns + at++] = b;
-    }
-    if (at < columns) selection[r * columns + at] = 1 << 29;
+struct Differentiated {
+  Differentiated(const Backend& backend, const Bed<T>& bed)
+      : q(bed.rig.queries.size()), k(bed.key_count()), v(bed.key_count()) {
+    const AttendBackwardParams p = bed.params(q.data, k.data, v.data);
+    with_workspace(backward_bytes(backend, p), [&](auto w) { return run_backward(backend, p, w); });
   }
-  return selection;
+  Gradients<T> host() const { return {q.host(), k.host(), v.host()}; }
+
+  Array<T> q, k, v;
+};
+
+__global__ void compare_kernel(const std::uint16_t* a, const std::uint16_t* b, std::size_t count,
+                               int* different) {
+  const std::size_t at = std::size_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (at < count && a[at] != b[at]) *different = 1;
 }
 
-// `once`: without a second run that must repeat the first.
 template <typename T>
-bool check_case(const Backend& backend, const Case& c, bool once) {
-  constexpr int kColumns = 6;
-  bool right = true;
-  for (const bool sparse : {true, false}) {
-    const std::vector<int> lists = sparse ? any_selection(Rig<T>(c), kColumns) : std::vector<int>();
-    const Bed<T> bed(c, lists, sparse ? kColumns : 0);
-    const AttendBackwardParams params = bed.params(nullptr, nullptr, nullptr);
-    const AttendParams& forward = params.forward;
-    if (is_hopper(backend) && !sm90::attends_backward(params)) continue;
-    with_workspace(sm80::attend_bytes(backend, forward),
-                   [&](auto w) { return sm80::attend(backend, forward, w); });
-    const Gradients<T> first = differentiate(backend, bed);
-    const auto agrees = [&](const Gradients<T>& again) {
-      return same(first.q, again.q) && same(first.k, again.k) && same(first.v, again.v);
-    };
-    const bool repeats = once || agrees(differentiate(backend, bed));
-    const Judge<T> judge(bed);
-    const Report q = check_queries(bed, judge, first.q);
-    const Report k = check_keys(bed, judge, first);
-    const bool ok = repeats && q.wrong == 0 && k.wrong == 0;
-    std::printf("%-4s %-28s %-6s dQ %.3f (%d)  dK, dV %.3f (%d)%s\n", ok ? "ok" : "BAD",
-                c.name.c_str(), sparse ? "sparse" : "dense", q.worst, q.wrong, k.worst, k.wrong,
-                repeats ? "" : "  DOES NOT REPEAT");
-    right &= ok;
-  }
-  return right;
+bool same(const Differentiated<T>& a, const Differentiated<T>& b) {
+  const Array<int> different(std::vector<int>{0});
+  const auto compare = [&](const Array<T>& x, const Array<T>& y) {
+    if (x.count == 0) return;
+    compare_kernel<<<unsigned((x.count + 255) / 256), 256>>>(
+        reinterpret_cast<const std::uint16_t*>(x.data),
+        reinterpret_cast<const std::uint16_t*>(y.data), x.count, different.data);
+    must(cudaGetLastError());
+  };
+  compare(a.q, b.q);
+  compare(a.k, b.k);
+  compare(a.v, b.v);
+  return different.host()[0] == 0;
 }
 
-// Whether `runs` runs yield the bits of the first.
-template <typename T>
-bool check_repeats(const Backend& backend, const Case& c, int runs) {
+// Whether check(bed, "sparse") is true with lists and check(bed, "dense") without, a forward pass
+// behind both, where the column covers the case.
+template <typename T, typename Check>
+bool check_both(const Backend& backend, const Case& c, Check&& check) {
   bool right = true;
   for (const int columns : {6, 0}) {
     const std::vector<int> lists =
@@ -124,57 +90,58 @@ bool check_repeats(const Backend& backend, const Case& c, int runs) {
     if (is_hopper(backend) && !sm90::attends_backward(params)) continue;
     with_workspace(sm80::attend_bytes(backend, forward),
                    [&](auto w) { return sm80::attend(backend, forward, w); });
-    const Gradients<T> first = differentiate(backend, bed);
-    int different = 0;
-    for (int i = 1; i < runs; ++i) {
-      const Gradients<T> again = differentiate(backend, bed);
-      different += !(same(first.q, again.q) && same(first.k, again.k) && same(first.v, again.v));
-    }
-    std::printf("%-4s %-28s %-6s %d of %d runs differ from the first\n",
-                different == 0 ? "ok" : "BAD", c.name.c_str(), columns > 0 ? "sparse" : "dense",
-                different, runs);
-    right &= different == 0;
+    right &= check(bed, columns > 0 ? "sparse" : "dense");
   }
   return right;
 }
 
-std::vector<Case> cases() {
-  const std::vector<Span> ragged = {{517, 541}, {0, 70},           {460, 461},  {0, 0},
-                                    {701, 720}, {300, 333, false}, {900, 1000}, {128, 128}};
-  std::vector<Case> list;
-  const auto add = [&](std::string name, auto change) {
-    Case c{.name = std::move(name),
-           .config = SparseConfig{.dense_len = -1},
-           .heads_kv = 2,
-           .group = 4,
-           .dim = 64,
-           .spans = ragged};
-    change(c);
-    list.push_back(std::move(c));
-  };
-  for (const int group : {1, 2, 7, 16, 32, 40}) {
-    for (const int dim : {64, 128}) {
-      for (const DType dtype : {DType::kBF16, DType::kF16}) {
-        add("g" + std::to_string(group) + " d" + std::to_string(dim) + " " +
-                std::string(name_of(dtype)),
-            [&](Case& c) {
-              c.group = group;
-              c.dim = dim;
-              c.dtype = dtype;
-            });
-      }
-    }
-  }
-  add("edges", [](Case& c) {
-    c.spans.clear();
-    for (const int n : {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129}) {
-      c.spans.push_back({0, n});
-      c.spans.push_back({std::max(0, n - 1), n});
-    }
+// `once`: without a second run that must repeat the first.
+template <typename T>
+bool check_case(const Backend& backend, const Case& c, bool once) {
+  return check_both<T>(backend, c, [&](const Bed<T>& bed, const char* kind) {
+    const Differentiated<T> there(backend, bed);
+    const bool repeats = once || same(there, Differentiated<T>(backend, bed));
+    const Gradients<T> first = there.host();
+    const Judge<T> judge(bed);
+    const Report q = check_queries(bed, judge, first.q);
+    const Report k = check_keys(bed, judge, first);
+    const bool ok = repeats && q.wrong == 0 && k.wrong == 0;
+    std::printf("%-4s %-28s %-6s dQ %.3f (%d)  dK, dV %.3f (%d)%s\n", ok ? "ok" : "BAD",
+                c.name.c_str(), kind, q.worst, q.wrong, k.worst, k.wrong,
+                repeats ? "" : "  DOES NOT REPEAT");
+    return ok;
   });
-  add("zero queries", [](Case& c) { c.query_scale = 0; });
-  add("large logits", [](Case& c) { c.query_scale = 60; });
-  add("missing pages", [](Case& c) { c.missing_pages = true, c.group = 16, c.dim = 128; });
+}
+
+// Whether `runs` runs yield the bits of the first.
+template <typename T>
+bool check_repeats(const Backend& backend, const Case& c, int runs) {
+  return check_both<T>(backend, c, [&](const Bed<T>& bed, const char* kind) {
+    const Differentiated<T> first(backend, bed);
+    int different = 0;
+    for (int i = 1; i < runs; ++i) different += !same(first, Differentiated<T>(backend, bed));
+    std::printf("%-4s %-28s %-6s %d of %d runs differ from the first\n",
+                different == 0 ? "ok" : "BAD", c.name.c_str(), kind, different, runs);
+    return different == 0;
+  });
+}
+
+std::vector<Case> cases() {
+  CaseList list({.config = SparseConfig{.dense_len = -1},
+                 .heads_kv = 2,
+                 .group = 4,
+                 .dim = 64,
+                 .spans = {{517, 541},
+                           {0, 70},
+                           {460, 461},
+                           {0, 0},
+                           {701, 720},
+                           {300, 333, false},
+                           {900, 1000},
+                           {128, 128}}});
+  list.add_shapes({1, 2, 7, 16, 32, 40}, [](Case&) {});
+  list.add_edges();
+  const auto add = [&](const char* name, auto change) { list.add(name, change); };
   add("cut lists", [](Case& c) {
     c.group = 8;
     c.dim = 128;
@@ -185,36 +152,23 @@ std::vector<Case> cases() {
     c.spans = {{0, 3000, false}};
     for (int i = 0; i < 200; ++i) c.spans.push_back({0, 1 + i % 5});
   });
-  return list;
+  return std::move(list.cases);
 }
 
-// Every way through the kernels in few thread blocks.
-std::vector<Case> tiny_cases() {
-  std::vector<Case> list;
-  const auto add = [&](std::string name, int group, int dim, DType dtype, std::vector<Span> spans) {
-    list.push_back({.name = std::move(name),
-                    .config = SparseConfig{.dense_len = -1},
-                    .heads_kv = 1,
-                    .group = group,
-                    .dim = dim,
-                    .dtype = dtype,
-                    .spans = std::move(spans)});
-  };
-  const std::vector<Span> some = {{517, 541}, {0, 0}, {0, 70}, {300, 303, false}};
-  add("tiny g1 d64 f16", 1, 64, DType::kF16, some);
-  add("tiny g7 d128 bf16", 7, 128, DType::kBF16, some);
-  add("tiny g16 d64 bf16", 16, 64, DType::kBF16, some);
-  add("tiny g16 d128 bf16", 16, 128, DType::kBF16, some);
-  add("tiny edges", 4, 64, DType::kBF16, {{0, 1}, {15, 17}, {62, 65}, {127, 129}});
-  add("tiny missing pages", 4, 128, DType::kBF16, some);
-  list.back().missing_pages = true;
+// Ragged ones in which many thread blocks add to one sum, or several do to a cut list's.
+std::vector<Case> repeated_cases() {
+  std::vector<Case> list = cases();
+  std::erase_if(list, [](const Case& c) {
+    return c.name != "g7 d64 bf16" && c.name != "g16 d128 bf16" && c.name != "cut lists" &&
+           c.name != "one long, many short";
+  });
+  CaseList longer({.config = SparseConfig{.dense_len = -1},
+                   .heads_kv = 2,
+                   .spans = {{0, 4000}, {700, 5200}, {0, 1500}, {300, 333}, {64, 64}, {0, 1}}});
+  longer.add("longer g16 d128", [](Case& c) { c.group = 16, c.dim = 128; });
+  longer.add("longer g8 d64", [](Case& c) { c.group = 8, c.dim = 64; });
+  std::move(longer.cases.begin(), longer.cases.end(), std::back_inserter(list));
   return list;
-}
-
-// Median of five, in milliseconds.
-template <typename Run>
-double time_of(cudaStream_t stream, Run&& run) {
-  return milliseconds(stream, 1, 5, run)[2];
 }
 
 // The first block, 33 local ones, and others of which a token keeps each with probability `keep`.
@@ -275,8 +229,8 @@ void bench(const Backend& backend, int tokens, double keep, int group, int dim) 
   const std::size_t bytes = backward_bytes(backend, p);
   const Array<std::byte> workspace(std::max(bytes, attend_bytes(backend, p.forward)));
   const std::span<std::byte> w(workspace.data, workspace.count);
-  const double forward = time_of(stream, [&] { must(attend(backend, p.forward, w)); });
-  const double back = time_of(stream, [&] { must(run_backward(backend, p, w)); });
+  const double forward = median_milliseconds(stream, [&] { must(attend(backend, p.forward, w)); });
+  const double back = median_milliseconds(stream, [&] { must(run_backward(backend, p, w)); });
   double pairs = 0;
   for (int t = 0; t < tokens; ++t) {
     pairs += sparse && t / 64 + 1 > kColumns ? (kColumns - 1) * 64 + t % 64 + 1 : t + 1;
@@ -327,8 +281,9 @@ void bench_align(const Backend& backend, int tokens, int rows) {
   const Array<std::byte> workspace(std::max(there, back));
   const std::span<std::byte> w(workspace.data, workspace.count);
   const cudaStream_t stream = device_of(backend).stream;
-  const double forward = time_of(stream, [&] { must(align::align(backend, p, w)); });
-  const double backward = time_of(stream, [&] { must(align::align_backward(backend, b, w)); });
+  const double forward = median_milliseconds(stream, [&] { must(align::align(backend, p, w)); });
+  const double backward =
+      median_milliseconds(stream, [&] { must(align::align_backward(backend, b, w)); });
   std::printf("%7d align of %d rows: forward %.3f ms (%.0f MB)  backward %.3f ms (%.0f MB)\n",
               tokens, rows, forward, double(there) * 1e-6, backward, double(back) * 1e-6);
   std::fflush(stdout);
@@ -365,27 +320,21 @@ int run(int argc, char** argv) {
     for (int i = 2; i < argc; ++i) bench_align(backend, std::atoi(argv[i]), 512);
     return 0;
   }
-  int bad = 0;
-  if (mode == "repeat") {
-    const int runs = argc > 2 ? std::atoi(argv[2]) : 100;
-    for (const Case& c : cases()) {
-      if (c.name == "cut lists" || c.name == "g7 d64 bf16") {
-        bad += !check_repeats<__nv_bfloat16>(backend, c, runs);
-      }
-    }
-    return bad == 0 ? 0 : 1;
-  }
-  const bool tiny = mode == "tiny";
+  const bool tiny = mode == "tiny", repeat = mode == "repeat";
+  const int runs = argc > 2 ? std::atoi(argv[2]) : 100;
+  const char* wanted = argc > 2 && !repeat ? argv[2] : nullptr;
+  const std::vector<Case> list = tiny     ? tiny_cases(SparseConfig{.dense_len = -1})
+                                 : repeat ? repeated_cases()
+                                          : cases();
   std::vector<std::string> columns = {backend.name};
   if (!one_column && device.value()->capability == 90) columns.push_back("cuda:0:sm90");
+  int bad = 0;
   for (const std::string& column : columns) {
     backend.name = column;
     std::printf("%s\n", column.c_str());
-    for (const Case& c : tiny ? tiny_cases() : cases()) {
-      if ((argc > 2 && c.name != argv[2]) || !next_is_mine()) continue;
-      bad += !(c.dtype == DType::kF16 ? check_case<__half>(backend, c, tiny)
-                                      : check_case<__nv_bfloat16>(backend, c, tiny));
-    }
+    bad += count_failures(list, wanted, [&]<typename T>(const Case& c, T) {
+      return repeat ? check_repeats<T>(backend, c, runs) : check_case<T>(backend, c, tiny);
+    });
   }
   std::printf("%d cases failed\n", bad);
   return bad == 0 ? 0 : 1;

@@ -4,7 +4,8 @@
 //
 //   must(cudaMalloc(&data, bytes));              // or says where and what, and ends the program
 //   must(sm80::attend(backend, params, {}));
-//   const std::vector<float> ms = milliseconds(stream, 1, 5, [&] { ... });  // median: ms[2]
+//   const std::vector<float> ms = milliseconds(stream, 2, 11, [&] { ... });  // median: ms[5]
+//   const double usual = median_milliseconds(stream, [&] { ... });
 #pragma once
 
 #include <cuda_runtime.h>
@@ -55,6 +56,12 @@ std::vector<float> milliseconds(cudaStream_t stream, int warm, int repeats, Run&
   must(cudaEventDestroy(end));
   std::sort(times.begin(), times.end());
   return times;
+}
+
+// The median of five calls behind one.
+template <typename Run>
+double median_milliseconds(cudaStream_t stream, Run&& run) {
+  return milliseconds(stream, 1, 5, run)[2];
 }
 
 }  // namespace infllm::cuda

@@ -27,6 +27,15 @@ struct Report {
   }
 };
 
+inline Report sum_of(const std::vector<Report>& reports) {
+  Report total;
+  for (const Report& r : reports) {
+    total.worst = std::max(total.worst, r.worst);
+    total.wrong += r.wrong;
+  }
+  return total;
+}
+
 inline double wide(double x) { return x; }
 template <typename T>
 double wide(T x) {
@@ -147,12 +156,7 @@ Report check_scores(const Rig<T>& rig, const std::vector<float>& scores) {
       report.compare(row[b], best, error + best * (round ? 0x1.02p-8 : 0x1p-22) + 1e-37);
     }
   });
-  Report total;
-  for (const Report& r : reports) {
-    total.worst = std::max(total.worst, r.worst);
-    total.wrong += r.wrong;
-  }
-  return total;
+  return sum_of(reports);
 }
 
 // Sorting by definition, on the kernel's own scores.
@@ -260,12 +264,7 @@ Report check_attention(const Rig<T>& rig, const std::vector<T>& o, const std::ve
       report.compare(float(got[d]), sum / z, bound);
     }
   });
-  Report total;
-  for (const Report& r : reports) {
-    total.worst = std::max(total.worst, r.worst);
-    total.wrong += r.wrong;
-  }
-  return total;
+  return sum_of(reports);
 }
 
 }  // namespace infllm::cuda

@@ -9,19 +9,10 @@
 #include "infllm/backend/cuda/sm80/attend.h"
 #include "infllm/backend/cuda/sm80/score.h"
 #include "infllm/backend/cuda/sm80/select.h"
-#include "tests/cuda/prefill_check.h"
-#include "tests/cuda/shard.h"
+#include "tests/cuda/prefill_cases.h"
 
 namespace infllm::cuda {
 namespace {
-
-template <typename Run>
-Status with_workspace(std::size_t bytes, Run&& run) {
-  Array<std::byte> workspace(bytes);
-  const Status status = run(std::span<std::byte>(workspace.data, bytes));
-  must(cudaDeviceSynchronize());
-  return status;
-}
 
 template <typename T>
 bool check_case(const Backend& backend, const Case& c) {
@@ -35,8 +26,8 @@ bool check_case(const Backend& backend, const Case& c) {
   if (rig.batch.any_sparse && !c.missing_pages) {
     Array<float> scores(rows * sizes.blocks());
     const ScoreParams p = rig.score_params(scores.data);
-    must(with_workspace(sm80::score_bytes(backend, p),
-                        [&](auto w) { return sm80::score(backend, p, w); }));
+    with_workspace(sm80::score_bytes(backend, p),
+                   [&](auto w) { return sm80::score(backend, p, w); });
     const std::vector<float> host = scores.host();
     scored = check_scores(rig, host);
     must(sm80::select(backend, rig.select_params(scores.data, chosen.data), {}));
@@ -48,27 +39,15 @@ bool check_case(const Backend& backend, const Case& c) {
   // The kernel's selection; any selection, with numbers that are no blocks; none.
   for (int round = 0; round < 3; ++round) {
     if (round == 0 && selection.empty()) continue;
-    if (round == 1) {
-      Random random{5};
-      selection.assign(rows * sizes.columns(), -1);
-      for (std::size_t r = 0; r < rows; ++r) {
-        if (random.below(5) == 0) continue;  // a row that sees nothing
-        int at = 0;
-        for (int b = 0; b < sizes.blocks() && at < sizes.columns(); b += 1 + random.below(3)) {
-          selection[r * sizes.columns() + at++] = b;
-        }
-        if (at < sizes.columns()) selection[r * sizes.columns() + at] = 1 << 29;
-      }
-    } else if (round == 2) {
-      selection.clear();
-    }
+    if (round == 1) selection = any_selection(rig, sizes.columns());
+    if (round == 2) selection.clear();
     Array<int> given(selection);
     Array<T> o(rig.queries.size());
     Array<float> lse(std::size_t(rig.heads_q()) * rig.batch.num_tokens);
     const AttendParams p =
         rig.attend_params(o.data, lse.data, selection.empty() ? nullptr : given.data);
-    must(with_workspace(sm80::attend_bytes(backend, p),
-                        [&](auto w) { return sm80::attend(backend, p, w); }));
+    with_workspace(sm80::attend_bytes(backend, p),
+                   [&](auto w) { return sm80::attend(backend, p, w); });
     attended[round] = check_attention(rig, o.host(), lse.host(), selection, 40);
   }
   const int wrong =
@@ -90,40 +69,23 @@ SparseConfig small_config() {
 }
 
 std::vector<Case> cases() {
-  const std::vector<Span> ragged = {{517, 541}, {0, 70},           {460, 461},   {0, 0},
-                                    {701, 720}, {300, 333, false}, {1500, 1700}, {0, 0}};
-  std::vector<Case> list;
-  const auto add = [&](std::string name, auto change) {
-    Case c{.name = std::move(name),
-           .config = small_config(),
-           .heads_kv = 2,
-           .group = 4,
-           .dim = 64,
-           .spans = ragged};
-    change(c);
-    list.push_back(std::move(c));
-  };
-  for (const int group : {1, 2, 3, 4, 7, 8, 12, 16, 32}) {
-    for (const int dim : {64, 128}) {
-      for (const DType dtype : {DType::kBF16, DType::kF16}) {
-        add("group " + std::to_string(group) + " dim " + std::to_string(dim) + " " +
-                std::string(name_of(dtype)),
-            [&](Case& c) {
-              c.group = group;
-              c.dim = dim;
-              c.dtype = dtype;
-              c.heads_kv = group == 1 ? 8 : group == 32 ? 1 : 2;
-            });
-      }
-    }
-  }
-  add("edges", [](Case& c) {
-    c.spans.clear();
-    for (const int n : {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129}) {
-      c.spans.push_back({0, n});
-      c.spans.push_back({std::max(0, n - 1), n});
-    }
+  CaseList list({.config = small_config(),
+                 .heads_kv = 2,
+                 .group = 4,
+                 .dim = 64,
+                 .spans = {{517, 541},
+                           {0, 70},
+                           {460, 461},
+                           {0, 0},
+                           {701, 720},
+                           {300, 333, false},
+                           {1500, 1700},
+                           {0, 0}}});
+  list.add_shapes({1, 2, 3, 4, 7, 8, 12, 16, 32}, [](Case& c) {
+    c.heads_kv = c.group == 1 ? 8 : c.group == 32 ? 1 : 2;
   });
+  list.add_edges();
+  const auto add = [&](const char* name, auto change) { list.add(name, change); };
   add("budget edge", [](Case& c) {
     c.spans.clear();
     for (const int n : {383, 384, 385, 386, 447, 448, 449}) c.spans.push_back({n - 66, n});
@@ -135,10 +97,7 @@ std::vector<Case> cases() {
   add("no window", [](Case& c) { c.config.window_size = 0; });
   add("budget below forced", [](Case& c) { c.config.init_blocks = 3, c.config.topk = 1; });
   add("budget of one", [](Case& c) { c.config.window_size = 0, c.config.topk = 1; });
-  add("zero queries", [](Case& c) { c.query_scale = 0; });
-  add("large logits", [](Case& c) { c.query_scale = 60; });
   add("many steps", [](Case& c) { c.group = 16, c.spans = {{4000, 4010}, {5000, 5003, false}}; });
-  add("missing pages", [](Case& c) { c.missing_pages = true, c.group = 16, c.dim = 128; });
   add("released, 40 sequences", [](Case& c) {
     c.config = SparseConfig{.dense_len = -1};
     c.group = 16;
@@ -154,35 +113,7 @@ std::vector<Case> cases() {
     c.heads_kv = 1;
     c.spans = {{299970, 300000}};
   });
-  return list;
-}
-
-// Every way through the kernels in few thread blocks.
-std::vector<Case> tiny_cases() {
-  std::vector<Case> list;
-  const auto add = [&](std::string name, int group, int dim, DType dtype, std::vector<Span> spans) {
-    list.push_back({.name = std::move(name),
-                    .config = small_config(),
-                    .heads_kv = 1,
-                    .group = group,
-                    .dim = dim,
-                    .dtype = dtype,
-                    .spans = std::move(spans)});
-  };
-  const std::vector<Span> some = {{517, 541}, {0, 0}, {0, 70}, {300, 303, false}};
-  add("tiny group 1 dim 64 f16", 1, 64, DType::kF16, some);
-  add("tiny group 7 dim 128 bf16", 7, 128, DType::kBF16, some);
-  add("tiny group 16 dim 64 bf16", 16, 64, DType::kBF16, some);
-  add("tiny edges", 4, 64, DType::kBF16, {{0, 1}, {15, 17}, {62, 65}, {384, 386}});
-  add("tiny missing pages", 4, 128, DType::kBF16, some);
-  list.back().missing_pages = true;
-  return list;
-}
-
-// Median of five, in milliseconds.
-template <typename Run>
-double time_of(cudaStream_t stream, Run&& run) {
-  return milliseconds(stream, 1, 5, run)[2];
+  return std::move(list.cases);
 }
 
 // Tokens [length - tokens, length) of one sequence.
@@ -209,10 +140,14 @@ void bench(const Backend& backend, int length, int tokens, float correlation, in
   Array<std::byte> workspace(
       std::max(sm80::score_bytes(backend, score), sm80::attend_bytes(backend, sparse)));
   const std::span<std::byte> w(workspace.data, workspace.count);
-  const double score_ms = time_of(stream, [&] { must(sm80::score(backend, score, w)); });
-  const double select_ms = time_of(stream, [&] { must(sm80::select(backend, select, {})); });
-  const double sparse_ms = time_of(stream, [&] { must(sm80::attend(backend, sparse, w)); });
-  const double dense_ms = time_of(stream, [&] { must(sm80::attend(backend, dense, w)); });
+  const double score_ms =
+      median_milliseconds(stream, [&] { must(sm80::score(backend, score, w)); });
+  const double select_ms =
+      median_milliseconds(stream, [&] { must(sm80::select(backend, select, {})); });
+  const double sparse_ms =
+      median_milliseconds(stream, [&] { must(sm80::attend(backend, sparse, w)); });
+  const double dense_ms =
+      median_milliseconds(stream, [&] { must(sm80::attend(backend, dense, w)); });
   double dense_keys = 0, sparse_keys = 0, windows = 0;
   for (int p = length - tokens; p < length; ++p) {
     dense_keys += p + 1;
@@ -251,12 +186,9 @@ int run(int argc, char** argv) {
   backend.state = device.value();
   const std::string mode = argc > 1 ? argv[1] : "check";
   if (mode == "check" || mode == "tiny") {
-    int bad = 0;
-    for (const Case& c : mode == "tiny" ? tiny_cases() : cases()) {
-      if ((argc > 2 && c.name != argv[2]) || !next_is_mine()) continue;
-      bad += !(c.dtype == DType::kF16 ? check_case<__half>(backend, c)
-                                      : check_case<__nv_bfloat16>(backend, c));
-    }
+    const int bad = count_failures(
+        mode == "tiny" ? tiny_cases(small_config()) : cases(), argc > 2 ? argv[2] : nullptr,
+        [&]<typename T>(const Case& c, T) { return check_case<T>(backend, c); });
     std::printf("%d cases failed\n", bad);
     return bad == 0 ? 0 : 1;
   }
