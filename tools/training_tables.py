@@ -40,7 +40,7 @@ def load(folder):
             record = json.loads(line)
             changing = ("date", "correct", "total", "each", "nll", "texts", "ms", "ms_low", "ms_high",
                         "ms_one", "tokens_per_second", "mfu", "memory_gb", "error", "bound",
-                        "steps", "seconds", "commit")
+                        "steps", "seconds", "commit", "driver")
             if record["name"] == "adapt.run":
                 changing += ("tokens",)
             latest[tuple(sorted((k, str(v)) for k, v in record.items() if k not in changing))] = record
@@ -57,21 +57,22 @@ def kilo(tokens):
 
 
 class Scores:
-    """Shares of right items, seeds together: score(arm, attention, length[, task])."""
+    """Shares of right items: score(arm, attention, length[, task]), the mean of all seeds."""
 
     def __init__(self, records):
-        self.cells = {}  # -> shares of right items of every case
+        self.cells = {}  # -> {seed: shares of right items of every case}
         tasks = [r for r in records if r["name"] == "adapt.task"]
         self.blocks = max((r["blocks"] for r in tasks), default=0)  # what the runs were made for
         for r in tasks:
             if r["blocks"] == self.blocks:
-                cell = self.cells.setdefault((r["arm"], r["attention"], r["length"], r["task"]), [])
-                cell += [right * len(r["each"]) / r["total"] for right in r["each"]]
+                cell = self.cells.setdefault((r["arm"], r["attention"], r["length"], r["task"]), {})
+                cell[r["seed"]] = [right * len(r["each"]) / r["total"] for right in r["each"]]
 
     def __call__(self, arm, attention, length, task=None):
         if task:
-            cell = self.cells.get((arm, attention, length, task))
-            return 100 * sum(cell) / len(cell) if cell else None
+            cell = self.cells.get((arm, attention, length, task), {})
+            shares = [share for each in cell.values() for share in each]
+            return 100 * sum(shares) / len(shares) if shares else None
         each = [self(arm, attention, length, t) for t in TASKS]
         return None if None in each else sum(each) / len(each)
 
@@ -79,26 +80,36 @@ class Scores:
         """Standard error of the mean of the tasks, in points."""
         return self.ratio((arm, attention), None, length)[1]
 
+    def pairs(self, first, second, length, task):
+        """[(first, second) of every seed] of each case that both have; a run without the seed's
+        counterpart, such as the one that all seeds begin with, stands for it. second None: 1."""
+        above = self.cells[*first, length, task]
+        below = self.cells[*second, length, task] if second else {}
+        cases = {}
+        for seed, shares in above.items():
+            other = below.get(seed, next(iter(below.values()))) if second else [1.0] * len(shares)
+            for case, pair in enumerate(zip(shares, other)):
+                cases.setdefault(case, []).append(pair)
+        return list(cases.values())
+
     def ratio(self, first, second, length):
         """first / second of (arm, attention) in percent, and its standard error, case by case.
 
         With R = A / B the error of A - R B, divided by B: cases that both get wrong, or right, add
-        little. Only cases that both have count. second None: B = 1.
+        little. Only cases that both have count; what several seeds say of one case is one number.
+        second None: B = 1.
         """
         if None in (self(*reading, length) for reading in (first, second) if reading):
             return None, None
-        pairs = []  # of each task
-        for task in TASKS:
-            above = self.cells[*first, length, task]
-            below = self.cells[*second, length, task] if second else [1.0] * len(above)
-            pairs.append(list(zip(above, below)))
-        top, bottom = (statistics.mean(statistics.mean(pair[i] for pair in task) for task in pairs)
-                       for i in (0, 1))
+        tasks = [self.pairs(first, second, length, task) for task in TASKS]
+        top, bottom = (statistics.mean(statistics.mean(pair[i] for case in task for pair in case)
+                                       for task in tasks) for i in (0, 1))
         if not bottom:
             return None, None
         variance = 0.0
-        for task in pairs:
-            rest = [a - (top / bottom * b if second else 0.0) for a, b in task]
+        for task in tasks:
+            rest = [statistics.mean(a - (top / bottom * b if second else 0.0) for a, b in case)
+                    for case in task]
             variance += statistics.variance(rest) / len(rest) if len(rest) > 1 else 0.0
         return 100 * top / bottom, 100 * math.sqrt(variance) / len(TASKS) / bottom
 
@@ -145,6 +156,7 @@ KEPT = {
     "(d) dense / (a) dense": (("aligned", "dense"), ("dense", "dense")),
     "(a) sparse / (a) dense": (("dense", "sparse"), ("dense", "dense")),
 }
+BY_SEED = ("(b) sparse / (a) dense", "(d) sparse / (a) dense")
 BEFORE = {f"{letter} / (c)": ((arm, "dense"), ("short", "dense"))
           for letter, arm in (("(a)", "dense"), ("(b)", "sparse"), ("(d)", "aligned"))}
 
@@ -153,6 +165,19 @@ def ratio_table(score, ratios, lengths):
     rows = [[kilo(length), *(with_error(*score.ratio(*pair, length)) for pair in ratios.values())]
             for length in lengths]
     return table(["tokens", *ratios], rows)
+
+
+def seed_table(records, score):
+    """What is kept, seed by seed, where there are several."""
+    tasks = [r for r in records if r["name"] == "adapt.task" and r["arm"] != "short"]
+    seeds = sorted({r["seed"] for r in tasks})
+    if len(seeds) < 2:
+        return ""
+    short = short_lengths(score)
+    each = {seed: Scores([r for r in tasks if r["seed"] == seed]) for seed in seeds}
+    rows = [[kilo(length), name, *(with_error(*each[seed].ratio(*KEPT[name], length)) for seed in seeds)]
+            for length in score.lengths() if length not in short for name in BY_SEED]
+    return table(["tokens", "ratio", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def short_lengths(score):
@@ -178,8 +203,11 @@ def budget_table(records, score):
 
 
 def perplexity_table(records):
-    cells = {(r["arm"], r["attention"], r["length"]): r["nll"]
-             for r in records if r["name"] == "adapt.perplexity"}
+    cells = {}
+    for r in records:
+        if r["name"] == "adapt.perplexity":
+            cells.setdefault((r["arm"], r["attention"], r["length"]), []).append(r["nll"])
+    cells = {key: statistics.mean(each) for key, each in cells.items()}
     lengths = sorted({length for _, _, length in cells})
     rows = []
     for arm, label in ARMS.items():
@@ -187,30 +215,35 @@ def perplexity_table(records):
             if any((arm, attention, n) in cells for n in lengths):
                 values = [cells.get((arm, attention, n)) for n in lengths]
                 rows.append([label, attention,
-                             *(one(None if x is None else 2.718281828459045 ** x, 3) for x in values)])
+                             *(one(None if x is None else math.exp(x), 3) for x in values)])
     return table(["continued", "read", *map(kilo, lengths)], rows)
 
 
 def cost_table(records):
-    rows = [[ARMS.get(r["arm"], r["arm"]) if r["phase"] == "adapt" else "short, dense", r["steps"],
+    rows = [[ARMS.get(r["arm"], r["arm"]) if r["phase"] == "adapt" else "short, dense", r["seed"], r["steps"],
              f'{r["tokens"] / 1e6:.1f} M', r["processes"], f'{r["seconds"]:.0f} s',
              f'{r["seconds"] * r["processes"] / 60:.1f}']
             for r in sorted((r for r in records if r["name"] == "adapt.run"),
-                            key=lambda r: (r["phase"] != "pretrain", list(ARMS).index(r["arm"])))]
-    return table(["run", "steps", "tokens", "GPUs", "time", "GPU minutes"], rows)
+                            key=lambda r: (r["phase"] != "pretrain", r["seed"], list(ARMS).index(r["arm"])))]
+    return table(["run", "seed", "steps", "tokens", "GPUs", "time", "GPU minutes"], rows)
 
 
 def step_table(records):
-    steps = [r for r in records if r["name"] == "adapt.step"]
-    dense = {r["length"]: r["ms"] for r in steps if r["arm"] == "dense"}
+    steps = [{"weights": "random", **r} for r in records if r["name"] == "adapt.step"]
+    dense = {(r["weights"], r["length"]): r["ms"] for r in steps if r["arm"] == "dense"}
     label = {"dense": "dense, cuDNN", "sparse": "sparse", "aligned": "sparse, selection taught"}
-    rows = [[kilo(r["length"]), r["sequences"], label[r["arm"]],
-             f'{r["ms"]:.1f} ({r["ms_low"]:.1f}-{r["ms_high"]:.1f})',
-             f'{r["tokens_per_second"]:,}', f'{100 * r["mfu"]:.1f} %',
-             f'{dense[r["length"]] / r["ms"]:.2f}x' if r["length"] in dense else "",
-             r["memory_gb"]]
-            for r in sorted(steps, key=lambda r: (r["length"], list(label).index(r["arm"])))]
-    return table(["tokens", "sequences", "attention", "ms", "tokens/s", "MFU", "beside dense", "GB"], rows)
+    rows = []
+    for r in sorted(steps, key=lambda r: (r["weights"] == "random", r["length"], list(label).index(r["arm"]))):
+        beside = dense.get((r["weights"], r["length"]))
+        rows.append([r["weights"], kilo(r["length"]), r["sequences"], label[r["arm"]],
+                     f'{r["ms"]:.1f} ({r["ms_low"]:.1f}-{r["ms_high"]:.1f})',
+                     f'{r["tokens_per_second"]:,}', f'{100 * r["mfu"]:.1f} %',
+                     f'{beside / r["ms"]:.2f}x' if beside else "", r["memory_gb"]])
+    text = table(["weights", "tokens", "sequences", "attention", "ms", "tokens/s", "MFU", "beside dense", "GB"],
+                 rows)
+    places = sorted({f'{r["device"]}, driver {r["driver"]}, commit `{r["commit"]}`, {r["date"]}'
+                     for r in steps if "driver" in r})
+    return text + "".join(f"\n{place}.\n" for place in places)
 
 
 def scale_table(records):
@@ -235,6 +268,8 @@ def tables(records):
         short = short_lengths(score)
         out += ["### What is kept, in percent\n",
                 ratio_table(score, KEPT, [n for n in score.lengths() if n not in short]), PAPER_NOTE]
+        by_seed = seed_table(records, score)
+        out += ["### The same of every seed\n", by_seed] if by_seed else []
         out += ["### Short inputs, after continuing against before\n",
                 ratio_table(score, BEFORE, short)] if short else []
         out += ["### Mean of the tasks at every length\n", mean_table(score),

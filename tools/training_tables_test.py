@@ -10,15 +10,15 @@ import unittest
 import training_tables
 
 
-def task(arm, attention, name, correct, blocks=96):
-    return {"name": "adapt.task", "model": "h200", "arm": arm, "seed": 1, "device": "x",
+def task(arm, attention, name, correct, blocks=96, seed=1):
+    return {"name": "adapt.task", "model": "h200", "arm": arm, "seed": seed, "device": "x",
             "date": "2026-01-01", "blocks": blocks, "task": name, "length": 32768,
             "attention": attention, "correct": correct, "total": 10,
             "each": [1] * correct + [0] * (10 - correct)}
 
 
-def all_tasks(arm, attention, correct, blocks=96):
-    return [task(arm, attention, name, correct, blocks) for name in training_tables.TASKS]
+def all_tasks(arm, attention, correct, blocks=96, seed=1):
+    return [task(arm, attention, name, correct, blocks, seed) for name in training_tables.TASKS]
 
 
 class TrainingTablesTest(unittest.TestCase):
@@ -36,6 +36,25 @@ class TrainingTablesTest(unittest.TestCase):
         score = training_tables.Scores(all_tasks("dense", "dense", 8) + few)
         ratio, error = score.ratio(("dense", "dense"), ("short", "dense"), 32768)
         self.assertEqual((100.0, 0.0), (round(ratio, 9), round(error, 9)))
+
+    def test_seeds_of_one_case_are_one_number(self):
+        records = [r for seed, dense, taught in ((1, 8, 6), (2, 10, 8)) for r in
+                   all_tasks("dense", "dense", dense, seed=seed) + all_tasks("aligned", "sparse", taught, seed=seed)]
+        score = training_tables.Scores(records)
+        ratio, error = score.ratio(("aligned", "sparse"), ("dense", "dense"), 32768)
+        # a - 7/9 b, mean of both seeds: 2/9 in six cases, -5/18 in two and -7/18 in two.
+        variance = (6 * 4 / 81 + 2 * 25 / 324 + 2 * 49 / 324) / 9
+        self.assertAlmostEqual(100 * 7 / 9, ratio)
+        self.assertAlmostEqual(100 * math.sqrt(variance / 10 / 11) / 0.9, error)
+        text = training_tables.tables(records)
+        self.assertIn("| tokens | ratio | seed 1 | seed 2 |", text)
+        self.assertRegex(text, r"\| 32K \| \(d\) sparse / \(a\) dense \| 75\.0 ± \d\.\d % \| 80\.0 ± \d\.\d % \|")
+
+    def test_the_run_before_all_seeds_stands_beside_each(self):
+        records = all_tasks("short", "dense", 10)
+        records += [r for seed in (1, 2) for r in all_tasks("dense", "dense", 4 + 4 * (seed - 1), seed=seed)]
+        ratio, _ = training_tables.Scores(records).ratio(("dense", "dense"), ("short", "dense"), 32768)
+        self.assertAlmostEqual(60.0, ratio)
 
     def test_the_summary_is_of_both_sparse_runs(self):
         with tempfile.TemporaryDirectory() as folder:

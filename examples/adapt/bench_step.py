@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times one training step of the experiment's model: forward, backward and optimizer, one GPU.
 
-    python3 examples/adapt/bench_step.py --lengths 32768 --out bench/results/adapt.jsonl
+    python3 examples/adapt/bench_step.py --model D/model --out bench/results/adapt.jsonl
 
 Every attention gets the same step: sequences of one length, tokens_per_step of them in all (or one
-sequence, if that is longer). A step's time is the median between CUDA events. MFU counts the
-arithmetic of the matrices and of the attention's visible pairs, forward and twice that backward,
-without recomputation, over the peak that is given.
+sequence, if that is longer), of a checkpoint on training documents. Without a checkpoint, weights and
+tokens are random: then neighbours choose other blocks, which sparse attention pays for. A step's time
+is the median between CUDA events. MFU counts the arithmetic of the matrices and of the attention's
+visible pairs, forward and twice that backward, without recomputation, over the peak that is given.
 """
 
 import argparse
-import datetime
 import json
 import pathlib
 import statistics
@@ -18,8 +18,10 @@ import sys
 
 import attending
 import checkpoint
+import documents
 import network
 import numpy as np
+import origin
 import settings as settings_lib
 import torch
 import train
@@ -46,9 +48,24 @@ def flops(config, length: int, count: int, sparse) -> float:
     return 6.0 * weights * count * length + c.num_hidden_layers * count * attention
 
 
+def batch(args, config, length: int, count: int):
+    """tokens and kinds [count, length + 1], on the host."""
+    rng = np.random.default_rng(1)
+    if args.model is None:
+        tokens = rng.integers(3, config.vocab_size, (count, length + 1))
+        kinds = rng.integers(documents.REST, documents.ANSWER + 1, tokens.shape)
+    else:
+        maker = documents.Maker(args.tokenizer, documents.Filler(args.data, "train"))
+        made = [maker.training(rng, length) for _ in range(count)]
+        tokens, kinds = np.stack([s.tokens for s in made]), np.stack([s.kinds for s in made])
+    return torch.from_numpy(tokens), torch.from_numpy(kinds)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    settings_lib.add_paths(parser)
     parser.add_argument("--config", default=settings_lib.HERE / "configs/h200.toml")
+    parser.add_argument("--model", type=pathlib.Path, help="a checkpoint, on documents of --data")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--arms", nargs="+", default=list(train.ARMS), choices=train.ARMS)
     parser.add_argument("--steps", type=int, default=12)
@@ -58,44 +75,44 @@ def main():
     args = parser.parse_args()
     settings, device = settings_lib.load(args.config), torch.device("cuda")
     torch.manual_seed(1)
-    net = network.Network(checkpoint.config_of(settings)).to(device)
+    net = network.Network(checkpoint.config_of(settings))
+    if args.model:
+        checkpoint.read(net, args.model)
+    net = net.to(device)
     optimizers = train.Optimizers(net, settings.optimizer)
-    if not args.no_compile:
-        net.compile()
-    parameters = list(net.parameters())
     generator = torch.Generator().manual_seed(1)
+    about = {"model": settings.name, "weights": "trained" if args.model else "random", **origin.fields()}
     for length in args.lengths:
         count = max(1, settings.tokens_per_step // length)
+        total = count * length
+        if not args.no_compile:
+            net.compile(total)
         rope = network.rope_table(torch.arange(length, device=device).repeat(count), net.config)
-        tokens = torch.randint(3, net.config.vocab_size, (count, length + 1), device=device)
-        kinds = torch.randint(1, 3, tokens.shape, device=device)
+        tokens, kinds = batch(args, net.config, length, count)
+        given = tokens.to(device), kinds.to(device)
         for arm in args.arms:
             sparse = None if arm == "dense" else net.config.sparse
             times = []
-            for step in range(args.warmup + args.steps):
+            for _ in range(args.warmup + args.steps):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 lesson = {}
                 if arm == "aligned":
-                    lesson = train.draw_lesson(
-                        settings.align, net.config, length, count * length, generator
-                    )
-                attend = attending.Attend(count * length, length, device, sparse, **lesson)
-                loss, *_ = train.step_losses(net, tokens, kinds, attend, rope, settings.optimizer)
+                    lesson = train.draw_lesson(settings.align, net.config, kinds, generator)
+                attend = attending.Attend(total, length, device, sparse, **lesson)
+                loss, *_ = train.step_losses(net, *given, attend, rope, settings.optimizer)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizers.step(0.01)
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                optimizers.step(0.0)  # as long as any, and the weights stay what they are
                 end.record()
                 torch.cuda.synchronize()
                 times.append(begin.elapsed_time(end))
             times = times[args.warmup :]
             ms = statistics.median(times)
             record = {
-                "name": "adapt.step", "model": settings.name, "arm": arm, "length": length,
-                "sequences": count, "device": torch.cuda.get_device_name(),
-                "date": datetime.date.today().isoformat(), "ms": round(ms, 3),
-                "ms_low": round(min(times), 3), "ms_high": round(max(times), 3),
-                "tokens_per_second": round(1000 * count * length / ms),
+                "name": "adapt.step", **about, "arm": arm, "length": length, "sequences": count,
+                "ms": round(ms, 3), "ms_low": round(min(times), 3), "ms_high": round(max(times), 3),
+                "tokens_per_second": round(1000 * total / ms),
                 "mfu": round(flops(net.config, length, count, sparse) / ms * 1e3 / PEAK, 4),
                 "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             }  # fmt: skip

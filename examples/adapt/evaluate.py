@@ -7,16 +7,16 @@ One pass a case: an item of an answer is right if, after the question and the ri
 the largest logit is the right one at each of its tokens (of the common words: is any that is still
 missing). A task's score is the share of right items, as RULER counts; the records keep the right
 items of every case, in an order that is the same for all checkpoints. Perplexity is that of the same
-held-out tokens with more and more text before them. Below dense_len both readings are one.
+held-out tokens with more and more text before them. Below dense_len both readings are one; above, a
+reading that matters less can be given fewer cases. Lengths that --out has already are not scored again.
 """
 
 import argparse
 import collections
-import contextlib
 import dataclasses
-import datetime
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -26,22 +26,29 @@ import checkpoint
 import documents
 import network
 import numpy as np
+import origin
 import ruler
 import settings as settings_lib
 import torch
 
 SEED = 2_000_003  # training seeds are small
 SCORED = 2048  # tokens at the end of a held-out text whose losses are averaged
+NAMES = {False: "dense", True: "sparse"}
+
+
+def cases_of(args, settings, length: int) -> int:
+    return min(args.most, settings.evaluate["cases"].get(str(length), 0))
 
 
 class Cases(torch.utils.data.Dataset):
-    """Batches of cases, round robin over tasks: (length, tokens [B, length + 1], task and items of each)."""
+    """Batches of cases, round robin over tasks: (length, tokens [B, length + 1], and of each case its
+    number, task and items)."""
 
     def __init__(self, args, settings, lengths, tasks):
         self.args, self.batches = args, []
         for length in lengths:
             size = max(1, settings.tokens_per_step // length)
-            count = min(args.most, settings.evaluate["cases"].get(str(length), 0))
+            count = cases_of(args, settings, length)
             cases = [(i, task) for i in range(count) for task in tasks]
             self.batches += [(length, cases[i : i + size]) for i in range(0, len(cases), size)]
         self.maker = None
@@ -56,7 +63,7 @@ class Cases(torch.utils.data.Dataset):
         length, cases = self.batches[index]
         made = [self.maker.case(SEED + i, task, length) for i, task in cases]
         tokens = torch.from_numpy(np.stack([s.tokens for s in made]))
-        return length, tokens, [(task, s.items) for (_, task), s in zip(cases, made)]
+        return length, tokens, [(*case, s.items) for case, s in zip(cases, made)]
 
 
 class Scorer:
@@ -67,7 +74,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, tokens, sparse: bool):
-        """losses and likeliest tokens [B, length], on the host."""
+        """losses and likeliest tokens [B, length]."""
         count, length = tokens.shape[0], tokens.shape[1] - 1
         if (count, length) not in self.ropes:
             positions = torch.arange(length, device=self.device).repeat(count)
@@ -78,7 +85,7 @@ class Scorer:
         losses, best = self.net(
             tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), *self.ropes[count, length], attend
         )
-        return losses.view(count, length).cpu(), best.view(count, length).cpu()
+        return losses.view(count, length), best.view(count, length)
 
 
 def right_items(tokens, best, items) -> int:
@@ -102,6 +109,53 @@ def held_out_texts(filler, lengths, count, bos):
                 yield length, torch.from_numpy(text)[None]
 
 
+def scored_already(path: pathlib.Path, wanted) -> set:
+    """Lengths of which a file has all cases. wanted(length, sparse): their number a task."""
+    found = collections.Counter()
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["name"] == "adapt.task":
+                sparse = record["attention"] == NAMES[True]
+                if len(record["each"]) >= wanted(record["length"], sparse):
+                    found[record["length"]] += 1
+    return {length for length, count in found.items()
+            if count >= len(ruler.TASKS) * sum(wanted(length, s) > 0 for s in NAMES)}  # fmt: skip
+
+
+class Results:
+    """Right items of every case, and the file that they go to."""
+
+    def __init__(self, path: pathlib.Path, common: dict):
+        self.path, self.common = path, common
+        self.right, self.asked = collections.defaultdict(list), collections.Counter()
+
+    def add(self, task, length, sparse, right: int, asked: int) -> None:
+        self.right[task, length, sparse].append(right)
+        self.asked[task, length, sparse] += asked
+
+    def write(self, *records: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as out:
+            for record in records:
+                print(json.dumps(record), file=out)
+
+    def flush(self) -> None:
+        """Writes and forgets what there is, and says the scores of each task."""
+        records, cells = [], collections.defaultdict(list)
+        for (task, length, sparse), each in self.right.items():
+            total = self.asked[task, length, sparse]
+            records.append({"name": "adapt.task", **self.common, "task": task, "length": length,
+                            "attention": NAMES[sparse], "correct": sum(each), "total": total,
+                            "each": each})  # fmt: skip
+            cells[length, NAMES[sparse]].append(100 * sum(each) / total)
+        self.write(*records)
+        for (length, name), scores in cells.items():
+            print(f"{self.common['arm']} {length} {name}: {np.mean(scores):.2f}",
+                  *(f"{x:.0f}" for x in scores), file=sys.stderr, flush=True)  # fmt: skip
+        self.right.clear()
+        self.asked.clear()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     settings_lib.add_paths(parser)
@@ -112,71 +166,79 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True, help="append records here")
     parser.add_argument("--lengths", type=int, nargs="+", help="only these")
     parser.add_argument("--most", type=int, default=sys.maxsize, help="cases a task and length")
+    for name in NAMES.values():
+        parser.add_argument(f"--most-{name}", type=int, default=sys.maxsize, help="read so, that is")
     parser.add_argument("--topk", type=int, help="instead of the checkpoint's; read sparse only")
+    parser.add_argument("--no-text", action="store_true", help="no perplexity")
     parser.add_argument("--deadline", type=float, default=math.inf, help="Unix time")
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
+    began = time.time()
     settings = settings_lib.load(args.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = checkpoint.load(args.model, device)
     if args.topk is not None:
         sparse = dataclasses.replace(net.config.sparse, topk=args.topk)
         net.config = dataclasses.replace(net.config, sparse=sparse)
+    if device.type == "cuda" and not args.no_compile:
+        net.compile(settings.tokens_per_step)
     score = Scorer(net, device)
     readings = (False, True) if args.topk is None else (True,)
+
+    def wanted(length, sparse):
+        most = getattr(args, f"most_{NAMES[sparse]}")
+        if not net.config.sparse.is_sparse_at(length):
+            most = sys.maxsize
+        return min(most, cases_of(args, settings, length)) if sparse in readings else 0
+
+    finished = scored_already(args.out, wanted)
     # The longest that training saw first: if time runs out, that is known.
     lengths = args.lengths or sorted(map(int, settings.evaluate["cases"]), reverse=True)
-    began, right, asked = time.time(), collections.defaultdict(list), collections.Counter()
+    lengths = [length for length in lengths if length not in finished]
+    common = {
+        "model": settings.name, "arm": args.arm, "seed": args.seed, **origin.fields(),
+        "blocks": net.config.sparse.budget_blocks,
+    }  # fmt: skip
+    results = Results(args.out, common)
     loader = torch.utils.data.DataLoader(
         Cases(args, settings, lengths, ruler.TASKS), batch_size=None, num_workers=args.workers
     )
-    for done, (length, tokens, items) in enumerate(loader):
+    last = None
+    for length, tokens, items in loader:
+        if length != last:
+            results.flush()
+            last = length
         if time.time() > args.deadline:
-            print(f"{args.arm}: out of time at batch {done} of {len(loader)}", file=sys.stderr)
             break
         for sparse in readings:
-            if not sparse or net.config.sparse.is_sparse_at(length):
-                _, best = score(tokens, sparse)
-            for row, (task, asked_for) in enumerate(items):
-                right[task, length, sparse].append(right_items(tokens[row], best[row], asked_for))
-                asked[task, length, sparse] += len(asked_for)
+            rows = [row for row, item in enumerate(items) if item[0] < wanted(length, sparse)]
+            if rows and (sparse == readings[0] or net.config.sparse.is_sparse_at(length)):
+                best = score(tokens, sparse)[1].cpu()
+            for row in rows:
+                _, task, asked = items[row]
+                right = right_items(tokens[row], best[row], asked)
+                results.add(task, length, sparse, right, len(asked))
+    results.flush()
     losses = collections.defaultdict(list)
+    contexts = [] if args.no_text or args.topk is not None else settings.evaluate["perplexity"]
     filler = documents.Filler(args.data, "heldout")
-    contexts = [] if args.topk is not None else settings.evaluate["perplexity"]
-    texts = held_out_texts(filler, contexts, settings.evaluate["documents"], 1)
-    for length, tokens in texts:
-        if time.time() > args.deadline + 15:
+    for length, tokens in held_out_texts(filler, contexts, settings.evaluate["documents"], 1):
+        if time.time() > args.deadline:
             break
         for sparse in readings:
             if not sparse or net.config.sparse.is_sparse_at(length):
                 out, _ = score(tokens, sparse)
             losses[length, sparse].append(float(out[0, -min(SCORED, length // 2) :].mean()))
-    common = {
-        "model": settings.name, "arm": args.arm, "seed": args.seed,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "date": datetime.date.today().isoformat(), "blocks": net.config.sparse.budget_blocks,
-    }  # fmt: skip
-    names = {False: "dense", True: "sparse"}
-    with contextlib.closing(open(args.out, "a", encoding="utf-8")) as out:
-        for (task, length, sparse), each in sorted(right.items()):
-            record = {"name": "adapt.task", **common, "task": task, "length": length,
-                      "attention": names[sparse], "correct": sum(each),
-                      "total": asked[task, length, sparse], "each": each}  # fmt: skip
-            print(json.dumps(record), file=out)
-        for (length, sparse), values in sorted(losses.items()):
-            record = {"name": "adapt.perplexity", **common, "length": length,
-                      "attention": names[sparse], "nll": round(float(np.mean(values)), 5),
-                      "texts": len(values), "each": [round(x, 4) for x in values]}  # fmt: skip
-            print(json.dumps(record), file=out)
-    for length in lengths:
-        cells = []
-        for sparse in (False, True):
-            scores = [100 * sum(right[key]) / asked[key]
-                      for key in ((task, length, sparse) for task in ruler.TASKS) if asked[key]]
-            each = " ".join(f"{x:.0f}" for x in scores)
-            cells.append(f"{names[sparse]} {np.mean(scores) if scores else 0:.2f} ({each})")
-        print(f"{args.arm} {length}: {', '.join(cells)}", file=sys.stderr)
-    print(f"{args.arm}: evaluated in {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+    results.write(
+        *({"name": "adapt.perplexity", **common, "length": length, "attention": NAMES[sparse],
+           "nll": round(float(np.mean(values)), 5), "texts": len(values),
+           "each": [round(x, 4) for x in values]} for (length, sparse), values in sorted(losses.items()))
+    )  # fmt: skip
+    late = time.time() > args.deadline
+    print(f"{args.arm}: {'out of time' if late else 'evaluated'} after {time.time() - began:.0f} s",
+          file=sys.stderr, flush=True)  # fmt: skip
+    sys.exit(os.EX_TEMPFAIL if late else None)
 
 
 if __name__ == "__main__":

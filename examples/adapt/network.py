@@ -146,15 +146,17 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.model = config, Decoder(config)
         self.functions = before_attention, after_attention, token_losses
+        self.compiled = {}  # number of tokens -> the same, compiled
         for name, parameter in self.named_parameters():
             if "embed_tokens" in name:
                 nn.init.normal_(parameter, std=config.initializer_range)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
 
-    def compile(self) -> None:
-        """From here on, by torch.compile: a handful of kernels a layer instead of forty."""
-        self.functions = tuple(torch.compile(f, dynamic=False) for f in self.functions)
+    def compile(self, total: int) -> None:
+        """From here on, batches of `total` tokens take a handful of kernels a layer, not forty."""
+        if total not in self.compiled:
+            self.compiled[total] = tuple(torch.compile(f, dynamic=False) for f in self.functions)
 
     def forward(self, tokens: Tensor, target: Tensor, cos: Tensor, sin: Tensor, attend):
         """tokens, target [T]: sequences of one length behind one another; cos, sin [T, D / 2].
@@ -162,7 +164,8 @@ class Network(nn.Module):
         attend(layer, q, k, v) -> out [T, Hq, D]. Returns the losses [T] and the likeliest
         tokens [T].
         """
-        c, (before, after, losses) = self.config, self.functions
+        c = self.config
+        before, after, losses = self.compiled.get(len(tokens), self.functions)
         dtype = torch.bfloat16 if tokens.is_cuda else torch.float32
         scale = c.scale_depth / math.sqrt(c.num_hidden_layers)
         h = (F.embedding(tokens, self.model.embed_tokens.weight) * c.scale_emb).to(dtype)

@@ -29,10 +29,15 @@ def smooth(points, window=8):
 
 
 def curves(paths, field):
-    """{label: [(million tokens, loss)]}: continued runs begin where the first one ended."""
+    """{label: [(million tokens, loss)]}: continued runs begin where the first one ended.
+
+    Of several seeds the first.
+    """
     runs = {}
-    for path in paths:
-        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+    records = [json.loads(x) for path in paths for x in path.read_text(encoding="utf-8").splitlines()]
+    seed = min((r["seed"] for r in records if r["phase"] != "pretrain"), default=None)
+    for record in records:
+        if record["phase"] == "pretrain" or record["seed"] == seed:
             name = "short, dense" if record["phase"] == "pretrain" else record["arm"]
             y = 1 - record["answer_tokens_right"] if field == "wrong" else record[field]
             runs.setdefault(name, []).append((record["tokens"] / 1e6, y))

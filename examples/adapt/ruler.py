@@ -232,11 +232,11 @@ class Tasks:
 
     def draw_mixture(self, room, count, most_turns):
         """A training document: facts of several kinds with many turns, or one of the other kinds."""
-        kind = self.rng.choice(("facts", "needles", "lists", "text"), p=(0.58, 0.14, 0.20, 0.08))
+        kind = self.rng.choice(("facts", "needles", "lists", "text"), p=(0.62, 0.17, 0.13, 0.08))
         if kind == "text":
             return Draw([], [])
         if kind == "lists":
-            return self.common(room) if self.rng.random() < 0.6 else self.frequent(room)
+            return self.common(room) if self.rng.random() < 0.35 else self.frequent(room)
         if kind == "needles":
             task = self.rng.choice(("multi_key_2", "multi_key_3"))
             return self.needles(str(task), room, count, most_turns)

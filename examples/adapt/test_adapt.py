@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -21,6 +22,7 @@ import documents
 import evaluate
 import numpy as np
 import ruler
+import run
 import settings
 import tokenizer
 import train
@@ -30,7 +32,11 @@ CONFIG = HERE / "configs/smoke.toml"
 
 def call(main, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code is not None:
+            raise
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +115,19 @@ def test_leaders_are_the_most_frequent():
 
 
 def test_taught_rows():
-    rows = train.taught_rows(128, 512, 64, torch.Generator().manual_seed(1)).tolist()
-    assert len(rows) == 64 and rows == sorted(set(rows)) and max(rows) < 512
-    for end in range(128, 513, 128):
-        assert set(range(end - 8, end)) <= set(rows)
-        assert sum(end - 128 <= row < end for row in rows) == 16
+    kinds = torch.full((4, 2049), documents.REST)
+    kinds[1:, 1600:1640] = documents.ANSWER  # what rows 1599 to 1638 are to say, of three sequences
+    answers = {2048 * b + t for b in (1, 2, 3) for t in range(1599, 1639)}
+    turns = {2048 * b + t for b in (1, 2, 3) for t in range(1599 - train.ASKING, 2048)}
+    generator = torch.Generator().manual_seed(1)
+    rows = train.taught_rows(kinds, 64, generator).tolist()
+    assert len(rows) == 64 and rows == sorted(set(rows)) and max(rows) < 4 * 2048
+    # Half and a quarter of the draws, and what else falls there; 120 and 1491 rows of 8192.
+    assert 20 <= len(answers & set(rows)) <= 44
+    assert 34 <= len(turns & set(rows)) <= 62
+    again = train.taught_rows(kinds, 64, generator)
+    assert again.dtype == torch.int32 and again.tolist() != rows
+    assert len(train.taught_rows(kinds[:1], 64, generator)) == 64  # text alone
 
 
 def test_schedule():
@@ -155,8 +169,58 @@ def test_from_pretraining_to_scores(root, monkeypatch):
     assert {(r["task"], r["attention"]) for r in tasks} == {
         (task, attention) for task in ruler.TASKS for attention in ("dense", "sparse")
     }
+    before = out.read_text()
+    call(evaluate.main, monkeypatch, *common, "--model", root / "sparse/model", "--arm", "sparse",
+         "--out", out)  # fmt: skip
+    assert "adapt.task" not in out.read_text().removeprefix(before)  # nothing is scored twice
+    call(evaluate.main, monkeypatch, *common, "--model", root / "sparse/model", "--arm", "sparse",
+         "--most-dense", 0, "--out", root / "sparse.jsonl")  # fmt: skip
+    again = [json.loads(line) for line in (root / "sparse.jsonl").read_text().splitlines()]
+    assert [r["each"] for r in again if r["name"] == "adapt.task"] == [
+        r["each"] for r in tasks if r["attention"] == "sparse"
+    ]
     perplexities = [r for r in records if r["name"] == "adapt.perplexity"]
     assert len(perplexities) == 4 and all(3 < r["nll"] < 9 for r in perplexities)
+
+
+def test_paused_run_goes_on_as_if_it_had_not(root, monkeypatch):
+    """Two steps, a pause, two more: the same weights as after four steps without one."""
+    common = ("--config", CONFIG, *paths(root), "--workers", 0, "--phase", "adapt", "--arm", "aligned",
+              "--stretch", 4 / 3)  # fmt: skip
+    monkeypatch.setattr(train, "AGREE_EVERY", 2)
+    call(train.main, monkeypatch, *common, "--out", root / "whole")
+    with pytest.raises(SystemExit) as paused:
+        call(train.main, monkeypatch, *common, "--out", root / "halves", "--pause-at", 1)
+    assert paused.value.code == os.EX_TEMPFAIL
+    assert not (root / "halves/run.jsonl").exists()
+    call(train.main, monkeypatch, *common, "--out", root / "halves")
+    whole, halves = (torch.load(root / name / "state.pt") for name in ("whole", "halves"))
+    assert whole["step"] == halves["step"] == 4
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, halves["model"][name]), name
+
+
+def test_jobs_wait_for_what_they_need_and_go_on_later(tmp_path, monkeypatch):
+    def job(name, code, **more):
+        return run.Job(name, (sys.executable, "-c", code), **more)
+
+    made = tmp_path / "made"
+    jobs = [
+        job("second", f"open({str(made)!r}, 'x')", needs=("first",)),
+        job("first", f"import os; assert not os.path.exists({str(made)!r})", gpus=2),
+        job("fails", "raise SystemExit(75)", gpus=0),
+        job("never", "pass", needs=("fails",)),
+    ]
+    run.Jobs(tmp_path, jobs, 2, time.time() + 60).run()
+    assert sorted(path.name for path in (tmp_path / "done").iterdir()) == ["first", "second"]
+    jobs[2].command = (sys.executable, "-c", "pass")
+    run.Jobs(tmp_path, jobs, 2, time.time() + 60).run()  # `second` would fail if it ran again
+    assert len(list((tmp_path / "done").iterdir())) == 4
+    monkeypatch.setattr(run, "LEAST", 0)
+    slow = [job("slow", "import time; time.sleep(60)")]
+    began = time.time()
+    run.Jobs(tmp_path, slow, 1, began + 2).run()
+    assert time.time() - began < 30 and not (tmp_path / "done/slow").exists()
 
 
 def test_engine_loads_the_checkpoint(root):

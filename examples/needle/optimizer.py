@@ -7,7 +7,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Muon's public descri
 
 
 def orthogonalise(g, steps=5):
-    """Pushes the singular values of a stack of matrices g [n, a, b] towards 1."""
+    """Pushes the singular values of a stack of matrices g [n, a, b] towards 1; products alone."""
     a, b, c = NEWTON_SCHULZ
     x = g.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -15,7 +15,8 @@ def orthogonalise(g, steps=5):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, inner, x, beta=a)
     return (x.transpose(1, 2) if tall else x).float()
 
 

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole experiment on the GPUs there are: pretraining on all of them, then arms and evaluations.
+
+    python3 examples/adapt/run.py OUT --seconds 580 --seeds 1 2
+
+needs .train/adapt/text and .train/adapt/tokenizer (text.py, tokenizer.py) and `import infllm`. Jobs
+run one a GPU, in the order below as GPUs become free and what they need is done. OUT gets results.jsonl,
+a log of every job, and one folder a run with its checkpoint and state. When the seconds are over, runs
+save their state and evaluations what they have; started again, everything goes on.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import settings as settings_lib
+import torch
+
+HERE = settings_lib.HERE
+STOPPING = 12  # seconds before the end at which jobs begin to save what they have
+LEAST = 30  # seconds that a job must have ahead to be begun
+ARMS = ("dense", "aligned", "sparse")  # where time may run out, (a) and (d) are wanted most
+# Cases a task at the lengths where the two readings differ: the readings that tables compare get all.
+FEWER = {
+    "short": ("--most", 16),
+    "dense": ("--most-sparse", 16),
+    "sparse": ("--most-dense", 16, "--most-sparse", 32),
+    "aligned": ("--most-dense", 32),
+}
+
+
+@dataclasses.dataclass
+class Job:
+    name: str
+    command: tuple
+    needs: tuple = ()
+    gpus: int = 1
+    process: subprocess.Popen | None = None
+    held: tuple = ()  # the GPUs it runs on
+
+
+class Jobs:
+    """Runs jobs in their order; OUT/done/NAME tells that one has ended well."""
+
+    def __init__(self, out: pathlib.Path, jobs: list, gpus: int, end: float):
+        self.out, self.jobs, self.end = out, jobs, end
+        self.free, self.failed, self.began = list(range(gpus)), set(), time.time()
+        (out / "done").mkdir(parents=True, exist_ok=True)
+
+    def done(self, name: str) -> bool:
+        return (self.out / "done" / name).exists()
+
+    def say(self, text: str) -> None:
+        print(f"{time.time() - self.began:5.0f} s  {text}", flush=True)
+
+    def begin(self, job: Job) -> None:
+        job.held, self.free = tuple(self.free[: job.gpus]), self.free[job.gpus :]
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, job.held))} if job.gpus else {}
+        with open(self.out / f"{job.name}.log", "a", encoding="utf-8") as log:
+            job.process = subprocess.Popen(
+                tuple(map(str, job.command)), stdout=log, stderr=log, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **visible},
+            )  # fmt: skip
+        self.say(f"{job.name} begins" + (f" on GPU {visible['CUDA_VISIBLE_DEVICES']}" if visible else ""))
+
+    def ended(self, job: Job) -> None:
+        status, job.process = job.process.returncode, None
+        self.free = sorted([*self.free, *job.held])
+        if status == 0:
+            (self.out / "done" / job.name).touch()
+        else:
+            self.failed.add(job.name)
+        log = (self.out / f"{job.name}.log").read_text(encoding="utf-8", errors="replace")
+        last = ([""] + [line for line in log.replace("\r", "\n").splitlines() if line.strip()])[-1]
+        self.say(f"{job.name} {'done' if status == 0 else f'ended with {status}'}: {last[:160]}")
+
+    def run(self) -> None:
+        while True:
+            for job in self.jobs:
+                if job.process and job.process.poll() is not None:
+                    self.ended(job)
+            running = [job for job in self.jobs if job.process]
+            late = self.end - time.time()
+            for job in self.jobs:
+                if not (job.process or job.name in self.failed or self.done(job.name)) and (
+                    late > LEAST and all(map(self.done, job.needs)) and len(self.free) >= job.gpus
+                ):
+                    self.begin(job)
+                    running.append(job)
+            if late < 0:
+                for job in running:
+                    os.killpg(job.process.pid, signal.SIGKILL)
+                    self.say(f"{job.name} stopped")
+            if late < 0 or not running:
+                return
+            time.sleep(0.2)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def plan(args, gpus: int, workers: int, end: float) -> list:
+    """The jobs, most wanted first."""
+    python, out, stop = sys.executable, args.out, end - STOPPING
+    places = ("--text", args.text, "--tokenizer", args.tokenizer, "--data", args.data)
+    common = ("--config", args.config, *places)
+    kept = (*common, "--workers", workers, "--stretch", args.stretch, "--pause-at", stop)
+    limit = ("--deadline", args.short_until) if args.short_until else ()
+    first = (python,) if gpus == 1 else (python, "-m", "torch.distributed.run", "--nproc-per-node", gpus)
+    jobs = [
+        Job("documents", (python, HERE / "documents.py", *places, "--processes", max(1, cores() - 4)), gpus=0),
+        Job("short", (*first, HERE / "train.py", *kept, *limit, "--phase", "pretrain", "--out", out / "short"),
+            ("documents", "warm"), gpus),
+    ]  # fmt: skip
+
+    def train(arm, seed, name):
+        jobs.append(Job(name, (python, HERE / "train.py", *kept, "--phase", "adapt", "--arm", arm, "--seed", seed,
+                               "--init", out / "short/model", "--out", out / name), ("short",)))  # fmt: skip
+
+    def evaluate(run, arm, seed, name, *more):
+        jobs.append(Job(name, (python, HERE / "evaluate.py", *common, "--workers", workers, "--deadline", stop,
+                               "--model", out / run / "model", "--arm", arm, "--seed", seed,
+                               "--out", out / f"{name}.jsonl", *more), (run,)))  # fmt: skip
+
+    first, *others = args.seeds
+    for arm in ARMS:
+        train(arm, first, arm)
+    evaluate("short", "short", first, "evaluate-short", *FEWER["short"])
+    evaluate("dense", "dense", first, "evaluate-dense", *FEWER["dense"])
+    evaluate("aligned", "aligned", first, "evaluate-aligned", *FEWER["aligned"])
+    step = (python, HERE / "bench_step.py", *common, "--out", out / "step.jsonl")
+    jobs.append(Job("step", (*step, "--model", out / "aligned/model"), ("aligned",)))
+    again = [(arm, seed, f"{arm}-{seed}") for seed in others for arm in args.again]
+    for arm, seed, name in again:
+        train(arm, seed, name)
+    evaluate("sparse", "sparse", first, "evaluate-sparse", *FEWER["sparse"])
+    for arm, seed, name in again:
+        evaluate(name, arm, seed, f"evaluate-{name}", *FEWER[arm], "--no-text")
+    for topk in (32, 8):  # 64 and 40 of the 96 blocks that it was continued with
+        evaluate("aligned", "aligned", first, f"few-{topk}", "--topk", topk, "--lengths", 32768,
+                 "--most", 16)  # fmt: skip
+    if torch.cuda.is_available():  # compiles what all runs need while ids are made
+        step = (python, HERE / "bench_step.py", "--config", args.config, "--lengths", 4096)
+        jobs.insert(0, Job("warm", (*step, "--arms", "dense", "--warmup", 1, "--steps", 1)))
+    else:
+        jobs = [job for job in jobs if job.name != "step"]
+        jobs[1].needs = ("documents",)
+    return jobs
+
+
+def gather(out: pathlib.Path) -> None:
+    parts = [*sorted(out.glob("*.jsonl")), *sorted(out.glob("*/run.jsonl"))]
+    lines = [part.read_text(encoding="utf-8") for part in parts if part.name != "results.jsonl"]
+    (out / "results.jsonl").write_text("".join(lines), encoding="utf-8")
+    logs = sorted(out.glob("*/log.jsonl"))
+    for field in ("text_loss", "wrong"):
+        picture = ("--field", field, "--out", out / f"{field}.svg", *logs)
+        subprocess.run([sys.executable, HERE / "plot.py", *picture], check=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    settings_lib.add_paths(parser)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--seconds", type=float, default=86400, help="of this start")
+    parser.add_argument("--config", type=pathlib.Path, default=HERE / "configs/h200.toml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the arms; one start for all")
+    parser.add_argument("--again", nargs="*", default=ARMS, choices=ARMS, help="of the seeds after the first")
+    parser.add_argument("--stretch", type=float, default=1, help="so many times the steps")
+    parser.add_argument("--short-until", type=float, help="Unix time at which pretraining ends at the latest")
+    args = parser.parse_args()
+    end = time.time() + args.seconds
+    gpus = max(1, torch.cuda.device_count())
+    workers = max(1, cores() // gpus - 1)
+    Jobs(args.out, plan(args, gpus, workers, end), gpus, end).run()
+    gather(args.out)
+
+
+if __name__ == "__main__":
+    main()
