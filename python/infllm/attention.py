@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,6 +14,32 @@ from infllm import eager
 from infllm.checks import check_config, check_ints, check_tensors
 from infllm.config import SparseConfig
 from infllm.plan import Plan, batch_of, check_plan, make_plan, uniform_plan
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor,
+    cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *,
+    sparse_config: SparseConfig | None = ..., softmax_scale: float | None = ...,
+    sparse: bool | Tensor | None = ..., selection: Tensor | None = ...,
+    q_score: Tensor | None = ..., k_score: Tensor | None = ..., plan: Plan | None = ...,
+    return_lse: Literal[False] = ..., return_selection: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor,
+    cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *,
+    sparse_config: SparseConfig | None = ..., softmax_scale: float | None = ...,
+    sparse: bool | Tensor | None = ..., selection: Tensor | None = ...,
+    q_score: Tensor | None = ..., k_score: Tensor | None = ..., plan: Plan | None = ...,
+    return_lse: bool = ..., return_selection: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, ...]: ...
 
 
 def attention(

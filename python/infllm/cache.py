@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -95,6 +95,28 @@ class KVCache:
         """
         _append(self, k, v, k_score, *_places(self, k, cache_seqlens, page_table, cu_seqlens,
                                               max_seqlen, max_seqlen_k))
+
+
+@overload
+def attend_with_kvcache(
+    q: Tensor, cache: KVCache, k: Tensor | None = ..., v: Tensor | None = ..., *,
+    cache_seqlens: Tensor, page_table: Tensor, cu_seqlens_q: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ...,
+    softmax_scale: float | None = ..., sparse: bool | Tensor | None = ...,
+    q_score: Tensor | None = ..., k_score: Tensor | None = ...,
+    return_softmax_lse: Literal[False] = ..., return_selection: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attend_with_kvcache(
+    q: Tensor, cache: KVCache, k: Tensor | None = ..., v: Tensor | None = ..., *,
+    cache_seqlens: Tensor, page_table: Tensor, cu_seqlens_q: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ...,
+    softmax_scale: float | None = ..., sparse: bool | Tensor | None = ...,
+    q_score: Tensor | None = ..., k_score: Tensor | None = ...,
+    return_softmax_lse: bool = ..., return_selection: bool = ...,
+) -> tuple[Tensor, ...]: ...
 
 
 def attend_with_kvcache(

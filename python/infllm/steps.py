@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -116,6 +116,26 @@ def select(scores: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Ten
     return torch.ops.infllm.select(scores, plan.cu_seqlens_q, plan.kv_length, flags,
                                    plan.max_seqlen_q, plan.max_seqlen_k, sparse_config.numbers(),
                                    backend or "")
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor,
+    cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *,
+    sparse_config: SparseConfig, softmax_scale: float | None = ...,
+    return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: Tensor,
+    cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *,
+    sparse_config: SparseConfig, softmax_scale: float | None = ...,
+    return_lse: bool = ..., backend: str | None = ...,
+) -> tuple[Tensor, ...]: ...
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: Tensor, cu_seqlens_q: Tensor | None = None,
