@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import infllm
 from infllm.attention import attention
 from infllm.config import SparseConfig
 
-__version__ = "0.1.0"
 _BLOCK = 64
 _COMPRESSED_STRIDE = 16  # tokens between the windows that stage 1 scores
 
@@ -43,7 +43,7 @@ def install(name: str = "infllm_v2", *, block_window: bool = False) -> None:
     """
     module = types.ModuleType(name, __doc__)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    module.__version__ = __version__
+    module.__version__ = infllm.__version__
     for function in (infllmv2_attn_stage1, topk_to_uint64, blockmask_to_uint64, uint64_to_bool):
         setattr(module, function.__name__, function)
     for function in (infllmv2_attn_varlen_func, infllmv2_attn_with_kvcache):

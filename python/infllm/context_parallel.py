@@ -50,6 +50,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
+        """How many of all tokens are this process's."""
         return self.end - self.begin
 
 

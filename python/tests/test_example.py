@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import runpy
+
+import infllm
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -22,3 +25,9 @@ def test_the_page_shows_the_program() -> None:
     program_lines = {line.strip() for line in program.splitlines()}
     for line in example.splitlines():
         assert line.strip() in program_lines | {"import torch", "import infllm", ""}, line
+
+
+def test_the_package_has_the_projects_version() -> None:
+    project = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert f"project(infllm VERSION {infllm.__version__} " in project
+    assert re.fullmatch(r"\d+\.\d+\.\d+", infllm.__version__)
