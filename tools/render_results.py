@@ -335,9 +335,13 @@ def writing(measurements):
                    for (device, model, weights), of in speeds.items())
 
 
+PEER_NAMES = {"cudnn": "cuDNN", "flash2": "FlashAttention-2", PUBLISHED: "published kernels"}
+
+
 def readme_numbers(measurements, evaluations):
     rows = [[HEADLINES[r["name"]], r["device"], shape_label(r["shape"]), length_label(r["shape"]),
-             duration(r["ms"]), f'{bound(r)}{duration(r["peer_ms"])} ({r["peer"]})',
+             duration(r["ms"]), f'{bound(r)}{duration(r["peer_ms"])} '
+             f'({PEER_NAMES.get(r["peer"], r["peer"])})',
              f'{bound(r)}{number(r["ratio"])}x'] for r in longest(measurements)]
     out = [table(["what", "on", "shape", "tokens", "infllm.cpp", "beside", "ratio"],
                  rows)] if rows else []
