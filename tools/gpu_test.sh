@@ -40,7 +40,7 @@ count() {
     /^(BAD|FAIL) / {++failed}
     /^\[  PASSED  \] / {passed += $4}
     /^\[  SKIPPED \] [0-9]+ test/ {skipped += $4}
-    /^\[  FAILED  \] [0-9]+ test/ {failed += $4}
+    /^\[  FAILED  \] .*\./ && !seen[$4]++ {++failed}
     /^[0-9]+ (passed|skipped|failed|error).* in [0-9.]+s/ {
       for (i = 1; i < NF; ++i) {
         if ($(i + 1) ~ /^passed/) passed += $i
@@ -101,6 +101,6 @@ if ((package_tests > 0)); then
 fi
 if ((tests > 0)); then
   sum gpu_kernels "$tests" "$logs"/gpu_kernels.*[0-9]
-  sed -nE 's/^\[  FAILED  \] ([^ ]*[^0-9 ][^ ]*).*/    \1/p' "$logs"/gpu_kernels.*[0-9] | sort -u
+  awk '/^\[  FAILED  \] .*\./ && !seen[$4]++ {print "    " $4}' "$logs"/gpu_kernels.*[0-9]
 fi
 exit "$status"
