@@ -135,7 +135,7 @@ def attention(
     *,
     sparse_config: SparseConfig | None = None,
     **options: Any,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """infllm.attention of sequences whose tokens are spread over processes.
 
     Args:
