@@ -56,6 +56,7 @@ def milliseconds(call, repetitions):
 def graphed(call):
     """The call as a replayed graph, as our own decode rows are timed; the call where it cannot be."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
