@@ -116,7 +116,7 @@ def plan(args, gpus: int, workers: int, end: float) -> list:
     jobs = [
         Job("documents", (python, HERE / "documents.py", *places, "--processes", max(1, cores() - 4)), gpus=0),
         Job("short", (*first, HERE / "train.py", *kept, *limit, "--phase", "pretrain", "--out", out / "short"),
-            ("documents", "warm"), gpus),
+            ("documents",), gpus),
     ]  # fmt: skip
 
     def train(arm, seed, name):
@@ -145,12 +145,11 @@ def plan(args, gpus: int, workers: int, end: float) -> list:
     for topk in (32, 8):  # 64 and 40 of the 96 blocks that it was continued with
         evaluate("aligned", "aligned", first, f"few-{topk}", "--topk", topk, "--lengths", 32768,
                  "--most", 16)  # fmt: skip
-    if torch.cuda.is_available():  # compiles what all runs need while ids are made
+    if torch.cuda.is_available():  # compiles what all runs need while ids are made, on one of the GPUs
         step = (python, HERE / "bench_step.py", "--config", args.config, "--lengths", 4096)
         jobs.insert(0, Job("warm", (*step, "--arms", "dense", "--warmup", 1, "--steps", 1)))
     else:
         jobs = [job for job in jobs if job.name != "step"]
-        jobs[1].needs = ("documents",)
     return jobs
 
 
