@@ -20,7 +20,7 @@ import sys
 
 # What the CUDA columns' folders share.
 CUDA_SHARED = ["infllm/backend/cuda/" + name for name in (
-    "tile", "device.h", "launch.cuh", "numbers.cuh", "page.cuh", "pooled.h")]
+    "tile", "device.h", "heads.h", "launch.cuh", "numbers.cuh", "page.cuh", "pooled.h")]
 
 # Who may include whom. The longest matching folder on the left decides.
 ARROWS = {

@@ -15,6 +15,10 @@
 // A kernel that launch() starts MUST call wait_for_previous() in every thread, also in those that
 // have nothing to do: the kernel behind it waits for its end and takes that for the end of
 // everything before.
+//
+// Kernels that take no part in this, and may want more shared memory than a kernel gets unasked:
+//
+//   return start("attend", attend_kernel, grid, threads, sizeof(Shared), stream, args);
 #pragma once
 
 #include <cuda_runtime.h>
@@ -59,6 +63,18 @@ Status launch(const Device& device, std::string_view step, void (*kernel)(Expect
   config.attrs = &overlap;
   config.numAttrs = device.capability >= 90 ? 1 : 0;
   return to_status(step, cudaLaunchKernelEx(&config, kernel, Expected(arguments)...));
+}
+
+// Does nothing for an empty grid.
+template <typename... Expected, typename... Given>
+Status start(std::string_view step, void (*kernel)(Expected...), dim3 grid, unsigned threads,
+             std::size_t shared_bytes, cudaStream_t stream, const Given&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
+  INFLLM_TRY(
+      to_status(step, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes))));
+  kernel<<<grid, threads, shared_bytes, stream>>>(Expected(arguments)...);
+  return launched(step);
 }
 
 }  // namespace infllm::cuda

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
+#include "infllm/backend/cuda/heads.h"
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/backend/cuda/rows.h"
 
@@ -29,6 +30,17 @@ Status check_layout(const KvLayout& layout, DType activation) {
                     layout.head_dim));
   }
   return {};
+}
+
+Status check_heads(std::string_view step, const KvLayout& layout, std::int32_t heads_q,
+                   std::int32_t most) {
+  INFLLM_TRY(check_layout(layout, layout.dtype == DType::kF16 ? DType::kF16 : DType::kBF16));
+  const std::int32_t group = heads_q / layout.kv_heads;
+  if (group <= most) return {};
+  return unsupported(
+      fmt::format("{}: {} query heads share a KV head, but this device takes up to {}; the cpu "
+                  "device takes any number",
+                  step, group, most));
 }
 
 std::int64_t kv_page_bytes(const KvLayout& layout) { return PageMap(layout).bytes(); }

@@ -10,7 +10,8 @@
 
 #include "infllm/backend/cuda/align/align.h"
 #include "infllm/backend/cuda/align/rows.cuh"
-#include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/heads.h"
+#include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/numbers.cuh"
 #include "infllm/core/arena.h"
 
@@ -382,27 +383,22 @@ int splits_of(const AlignParams& p) {
                                std::clamp<std::int64_t>(blocks / 8, 1, kMostSplits)));
 }
 
-template <typename Kernel>
-Status start(Kernel kernel, dim3 grid, int bytes, cudaStream_t stream, const ForwardArgs& args) {
-  INFLLM_TRY(to_status(
-      "align", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)));
-  kernel<<<grid, kThreads, bytes, stream>>>(args);
-  return launched("align");
-}
-
 template <typename T, int D>
 Status launch(cudaStream_t stream, const ForwardArgs& args) {
   const auto tiles = static_cast<unsigned>(tiles_of(args.a));
   const auto heads = static_cast<unsigned>(args.a.pool.map.heads);
   const dim3 split_grid(tiles, heads, static_cast<unsigned>(args.splits));
   constexpr int kTargetBytes = sizeof(TargetShared<D>);
-  INFLLM_TRY(start(target_kernel<T, D, false>, split_grid, kTargetBytes, stream, args));
-  INFLLM_TRY(start(target_kernel<T, D, true>, split_grid, kTargetBytes, stream, args));
-  INFLLM_TRY(start(score_kernel<T, D>, dim3(tiles, heads), sizeof(ScoreShared<D>), stream, args));
+  INFLLM_TRY(
+      start("align", target_kernel<T, D, false>, split_grid, kThreads, kTargetBytes, stream, args));
+  INFLLM_TRY(
+      start("align", target_kernel<T, D, true>, split_grid, kThreads, kTargetBytes, stream, args));
+  INFLLM_TRY(start("align", score_kernel<T, D>, dim3(tiles, heads), kThreads,
+                   sizeof(ScoreShared<D>), stream, args));
   const std::int64_t rows = std::int64_t{args.a.num_rows} * heads;
-  compare_kernel<<<static_cast<unsigned>(ceil_div(rows, std::int64_t{kCompareWarps})),
-                   kCompareWarps * 32, 0, stream>>>(args);
-  return launched("align");
+  return start("align", compare_kernel,
+               static_cast<unsigned>(ceil_div(rows, std::int64_t{kCompareWarps})),
+               kCompareWarps * 32, 0, stream, args);
 }
 
 std::int64_t partials_of(const AlignParams& p) {
@@ -415,7 +411,7 @@ std::int64_t scores_of(const AlignParams& p) {
 }  // namespace
 
 Status align(const Backend& backend, const AlignParams& params, std::span<std::byte> workspace) {
-  INFLLM_TRY(check_shape("align", params));
+  INFLLM_TRY(check_heads("align", params.pages.layout, params.heads_q, kTileRows));
   Arena arena(workspace);
   auto* places = arena.take<RowPlace>(params.num_rows);
   const ForwardArgs args{.a = align_args(params, places),

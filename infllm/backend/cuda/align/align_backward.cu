@@ -13,7 +13,8 @@
 
 #include "infllm/backend/cuda/align/align.h"
 #include "infllm/backend/cuda/align/rows.cuh"
-#include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/heads.h"
+#include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/numbers.cuh"
 #include "infllm/core/arena.h"
 
@@ -96,14 +97,7 @@ __global__ void __launch_bounds__(kThreads) query_kernel(const __grid_constant__
   tile::cp_async_commit();
 
   float grad_q[2][D / 8][4];
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) grad_q[m][n][e] = 0;
-    }
-  }
+  sm80::clear(grad_q);
   int entry[4];
   float norm[4];  // base 2
   float x[4];     // X
@@ -244,11 +238,7 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ 
   if (first >= end) return;
 
   float grad[1][D / 8][4];
-#pragma unroll
-  for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) grad[0][n][e] = 0;
-  }
+  sm80::clear(grad);
   load_pooled<D>(a, sequence, keys, first, end, shared.k);
   for (int t = 0; t * a.tile_entries < a.num_rows; ++t) {
     const EntryTile tile(a, t);
@@ -369,26 +359,18 @@ std::int64_t pooled_floats(const AlignParams& p) {
          (fine_rows(p) + coarse_rows(p)) * p.pages.layout.head_dim;
 }
 
-template <typename Kernel>
-Status start(Kernel kernel, dim3 grid, int bytes, cudaStream_t stream, const BackwardArgs& args) {
-  if (grid.x == 0) return {};
-  INFLLM_TRY(
-      to_status("align_backward",
-                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)));
-  kernel<<<grid, kThreads, bytes, stream>>>(args);
-  return launched("align_backward");
-}
-
 template <typename T, int D>
 Status launch(cudaStream_t stream, const BackwardArgs& args) {
   const auto heads = static_cast<unsigned>(args.a.pool.map.heads);
   const unsigned pairs = heads * static_cast<unsigned>(args.a.batch.num_sequences);
   const auto tiles = static_cast<unsigned>((args.fine + args.coarse) / kTileKeys);
-  INFLLM_TRY(start(query_kernel<T, D>, dim3(static_cast<unsigned>(tiles_of(args.a)), heads),
+  INFLLM_TRY(start("align_backward", query_kernel<T, D>,
+                   dim3(static_cast<unsigned>(tiles_of(args.a)), heads), kThreads,
                    sizeof(QueryShared<D>), stream, args));
-  INFLLM_TRY(start(pool_kernel<T, D>, dim3(tiles, pairs), sizeof(PoolShared<D>), stream, args));
-  return start(share_kernel<T, D>, dim3(static_cast<unsigned>(args.a.blocks), pairs), 0, stream,
-               args);
+  INFLLM_TRY(start("align_backward", pool_kernel<T, D>, dim3(tiles, pairs), kThreads,
+                   sizeof(PoolShared<D>), stream, args));
+  return start("align_backward", share_kernel<T, D>,
+               dim3(static_cast<unsigned>(args.a.blocks), pairs), kThreads, 0, stream, args);
 }
 
 }  // namespace
@@ -396,7 +378,7 @@ Status launch(cudaStream_t stream, const BackwardArgs& args) {
 Status align_backward(const Backend& backend, const AlignBackwardParams& params,
                       std::span<std::byte> workspace) {
   const AlignParams& f = params.forward;
-  INFLLM_TRY(check_shape("align_backward", f));
+  INFLLM_TRY(check_heads("align_backward", f.pages.layout, f.heads_q, kTileRows));
   Arena arena(workspace);
   auto* places = arena.take<RowPlace>(f.num_rows);
   const BackwardArgs args{.a = align_args(f, places),

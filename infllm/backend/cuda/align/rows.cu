@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <string>
-
 #include "infllm/backend/cuda/align/rows.cuh"
 #include "infllm/backend/cuda/device.h"
 
@@ -57,16 +55,6 @@ Status find_places(const Backend& backend, std::string_view step, const AlignArg
   const auto blocks = static_cast<unsigned>(ceil_div(args.num_rows, kThreads));
   place_kernel<<<blocks, kThreads, 0, device_of(backend).stream>>>(args);
   return launched(step);
-}
-
-Status check_shape(std::string_view step, const AlignParams& params) {
-  const KvLayout& layout = params.pages.layout;
-  const int group = params.heads_q / layout.kv_heads;
-  if (group <= kTileRows && (layout.head_dim == 64 || layout.head_dim == 128)) return {};
-  return unsupported(std::string(step) + ": " + std::to_string(group) +
-                     " query heads of dimension " + std::to_string(layout.head_dim) +
-                     " share a KV head, but this device takes up to " + std::to_string(kTileRows) +
-                     " of dimension 64 or 128");
 }
 
 }  // namespace infllm::cuda::align

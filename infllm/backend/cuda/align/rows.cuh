@@ -59,9 +59,6 @@ AlignArgs align_args(const AlignParams& params, RowPlace* places);
 // Writes the places of all entries.
 Status find_places(const Backend& backend, std::string_view step, const AlignArgs& args);
 
-// kUnsupported if the kernels do not cover the shape.
-Status check_shape(std::string_view step, const AlignParams& params);
-
 inline std::int64_t tiles_of(const AlignArgs& a) {
   return ceil_div(a.num_rows, std::int64_t{a.tile_entries});
 }

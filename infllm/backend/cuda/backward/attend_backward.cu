@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <string>
-
 #include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/backward/passes.h"
 #include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/heads.h"
 #include "infllm/backend/cuda/numbers.cuh"
 
 namespace infllm::cuda::backward {
@@ -81,23 +80,11 @@ Status take_statistics(const Backend& backend, const AttendBackwardParams& p,
   return launched("attend_backward");
 }
 
-bool differentiates(const AttendBackwardParams& params) {
-  const KvLayout& layout = params.forward.pages.layout;
-  return (layout.dtype == DType::kBF16 || layout.dtype == DType::kF16) &&
-         (layout.head_dim == 64 || layout.head_dim == 128) &&
-         params.forward.heads_q / layout.kv_heads <= kMaxGroup;
-}
-
 Status attend_backward(const Backend& backend, const AttendBackwardParams& params,
                        std::span<std::byte> workspace) {
   const AttendParams& forward = params.forward;
   const KvLayout& layout = forward.pages.layout;
-  if (!differentiates(params)) {
-    return unsupported("attend_backward: " + std::to_string(forward.heads_q / layout.kv_heads) +
-                       " query heads of dimension " + std::to_string(layout.head_dim) +
-                       " share a KV head, but this device takes up to " +
-                       std::to_string(kMaxGroup) + " of dimension 64 or 128");
-  }
+  INFLLM_TRY(check_heads("attend_backward", layout, forward.heads_q, kMaxGroup));
   if (forward.batch.max_kv_length == 0) return {};
   Arena arena(workspace);
   BackwardArgs args{.pool = PagePool(forward.pages),

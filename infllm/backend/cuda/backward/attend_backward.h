@@ -13,9 +13,6 @@
 
 namespace infllm::cuda::backward {
 
-// Whether the kernels cover this shape.
-bool differentiates(const AttendBackwardParams& params);
-
 Status attend_backward(const Backend& backend, const AttendBackwardParams& params,
                        std::span<std::byte> workspace);
 std::size_t attend_backward_bytes(const Backend& backend, const AttendBackwardParams& params);

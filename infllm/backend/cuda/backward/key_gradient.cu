@@ -16,7 +16,7 @@
 #include <cuda_fp16.h>
 
 #include "infllm/backend/cuda/backward/passes.h"
-#include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/numbers.cuh"
 #include "infllm/backend/cuda/sm80/warp_products.cuh"
 
@@ -92,11 +92,8 @@ class KeyGradient {
         part < 0 ? target.chosen.count : min(a_.choosers.part_tokens, target.chosen.count - first);
     first_ = first;
     rows_ = page_ < 0 ? 0 : std::int64_t{count} * a_.group;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) grad_k_[0][n][e] = grad_v_[0][n][e] = 0;
-    }
+    sm80::clear(grad_k_);
+    sm80::clear(grad_v_);
   }
 
   __device__ void run() {
@@ -297,16 +294,12 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 template <typename T, int D>
 Status launch(const Device& device, const BackwardArgs& args) {
-  constexpr auto kernel = key_gradient_kernel<T, D>;
-  constexpr int kBytes = sizeof(Shared<D>);
-  INFLLM_TRY(
-      to_status("attend_backward",
-                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)));
   const auto blocks = static_cast<unsigned>(args.choosers.num_blocks);
   const auto parts = static_cast<unsigned>(args.choosers.part_capacity);
-  kernel<<<parts + blocks, kThreads, kBytes, device.stream>>>(args);
-  reduce_kernel<T, D><<<blocks, kReduceThreads, 0, device.stream>>>(args);
-  return launched("attend_backward");
+  INFLLM_TRY(start("attend_backward", key_gradient_kernel<T, D>, parts + blocks, kThreads,
+                   sizeof(Shared<D>), device.stream, args));
+  return start("attend_backward", reduce_kernel<T, D>, blocks, kReduceThreads, 0, device.stream,
+               args);
 }
 
 }  // namespace

@@ -11,9 +11,6 @@
 
 namespace infllm::cuda::sm80 {
 
-// Whether the kernel covers this shape.
-bool attends(const AttendParams& params);
-
 Status attend(const Backend& backend, const AttendParams& params, std::span<std::byte> workspace);
 std::size_t attend_bytes(const Backend& backend, const AttendParams& params);
 

@@ -16,9 +16,9 @@
 #include <cuda_fp16.h>
 
 #include <bit>
-#include <string>
 
 #include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/heads.h"
 #include "infllm/backend/cuda/pooled.h"
 #include "infllm/backend/cuda/sm80/group_sum.cuh"
 #include "infllm/backend/cuda/sm80/score.h"
@@ -375,21 +375,9 @@ Status launch(const Device& device, const ScoreArgs& args) {
 
 }  // namespace
 
-bool scores(const ScoreParams& params) {
-  const KvLayout& layout = params.pages.layout;
-  return (layout.dtype == DType::kBF16 || layout.dtype == DType::kF16) &&
-         (layout.head_dim == 64 || layout.head_dim == 128) &&
-         params.heads_q / layout.kv_heads <= kMaxGroup;
-}
-
 Status score(const Backend& backend, const ScoreParams& params, std::span<std::byte> workspace) {
   const KvLayout& layout = params.pages.layout;
-  if (!scores(params)) {
-    return unsupported("score: " + std::to_string(params.heads_q / layout.kv_heads) +
-                       " query heads of dimension " + std::to_string(layout.head_dim) +
-                       " share a KV head, but this device takes up to " +
-                       std::to_string(kMaxGroup) + " of dimension 64 or 128");
-  }
+  INFLLM_TRY(check_heads("score", layout, params.heads_q, kMaxGroup));
   const Device& device = device_of(backend);
   Arena arena(workspace);
   const PooledSizes sizes(params);

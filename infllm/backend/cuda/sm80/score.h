@@ -11,9 +11,6 @@
 
 namespace infllm::cuda::sm80 {
 
-// Whether the kernel covers this shape.
-bool scores(const ScoreParams& params);
-
 Status score(const Backend& backend, const ScoreParams& params, std::span<std::byte> workspace);
 std::size_t score_bytes(const Backend& backend, const ScoreParams& params);
 

@@ -14,12 +14,8 @@
 
 namespace infllm::cuda::sm80 {
 
-// x = the rows from `row` on times the 8 kColumns keys from `key` on.
-template <typename T, int D, int kRows, int kColumns>
-__device__ __forceinline__ void multiply_transposed(float (&x)[kRows][kColumns][4],
-                                                    const std::byte* rows, int row,
-                                                    const std::byte* keys, int key, int lane) {
-  static_assert(kColumns % 2 == 0);
+template <int kRows, int kColumns>
+__device__ __forceinline__ void clear(float (&x)[kRows][kColumns][4]) {
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
 #pragma unroll
@@ -28,6 +24,15 @@ __device__ __forceinline__ void multiply_transposed(float (&x)[kRows][kColumns][
       for (int e = 0; e < 4; ++e) x[m][n][e] = 0;
     }
   }
+}
+
+// x = the rows from `row` on times the 8 kColumns keys from `key` on.
+template <typename T, int D, int kRows, int kColumns>
+__device__ __forceinline__ void multiply_transposed(float (&x)[kRows][kColumns][4],
+                                                    const std::byte* rows, int row,
+                                                    const std::byte* keys, int key, int lane) {
+  static_assert(kColumns % 2 == 0);
+  clear(x);
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     std::uint32_t a[kRows][4];

@@ -17,13 +17,10 @@ void take(const AttendParams& forward, Choosers& choosers, Taker&& taker, float*
 template <class C>
 Status launch(const Device& device, const AttendBackwardParams& p, const ListedArgs& args) {
   const KeyMaps maps = INFLLM_TRY(key_maps<C>(p, args.keys));
-  constexpr std::size_t kShared = sizeof(KeyShared<C>) + 1024;
-  constexpr auto kernel = key_gradient_kernel<C>;
-  INFLLM_TRY(allow_shared<kShared>(kernel));
   const auto blocks = static_cast<unsigned>(args.choosers.num_blocks);
-  kernel<<<blocks + args.choosers.part_capacity, C::kThreads, kShared, device.stream>>>(
-      maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], args);
-  INFLLM_TRY(launched("attend_backward"));
+  INFLLM_TRY((start_keys<sizeof(KeyShared<C>) + 1024, C::kThreads>(
+      key_gradient_kernel<C>, args.choosers.num_blocks + args.choosers.part_capacity, device.stream,
+      maps, args)));
   if (args.choosers.part_capacity == 0) return {};
   add_parts_kernel<C><<<dim3(blocks, 2), 128, 0, device.stream>>>(args);
   return launched("attend_backward");

@@ -44,13 +44,14 @@ Result<KeyMaps> key_maps(const AttendBackwardParams& p, const KeyArgs& args) {
                  INFLLM_TRY(plane_map(forward.pages, args.pool.map.value(0), C::kPanels))};
 }
 
-// Lets a kernel of an attend_backward pass have the shared memory that it is made for.
-template <std::size_t kShared, typename... Args>
-Status allow_shared(void (*kernel)(Args...)) {
+// Starts a kernel that walks over blocks of keys.
+template <std::size_t kShared, int kThreads, class Args>
+Status start_keys(void (*kernel)(CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap,
+                                 CUtensorMap, Args),
+                  std::int64_t blocks, cudaStream_t stream, const KeyMaps& maps, const Args& args) {
   static_assert(kShared <= kSharedLimit);
-  return to_status(
-      "attend_backward",
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  return start("attend_backward", kernel, static_cast<unsigned>(blocks), kThreads, kShared, stream,
+               maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], args);
 }
 
 }  // namespace infllm::cuda::sm90

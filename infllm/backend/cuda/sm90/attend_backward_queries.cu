@@ -39,10 +39,6 @@ Status run(const Device& device, const AttendBackwardParams& params, const RowSt
                               INFLLM_TRY(plane_map(forward.pages, pool.map.value(0), C::kPanels))};
   constexpr std::size_t kShared = sizeof(QueryGradientShared<C>) + 1024;
   static_assert(kShared <= kSharedLimit);
-  constexpr auto kernel = query_gradient_kernel<C>;
-  INFLLM_TRY(to_status(
-      "attend_backward",
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)));
   INFLLM_TRY(to_status("attend_backward",
                        cudaMemsetAsync(taken, 0, plan.chunks * sizeof(unsigned), stream)));
   for (std::int64_t i = 0; i < plan.chunks; ++i) {
@@ -65,9 +61,8 @@ Status run(const Device& device, const AttendBackwardParams& params, const RowSt
         .stats = stats,
         .scale = forward.scale};
     if (forward.selection == nullptr) args.attend.batch.any_sparse = false;
-    kernel<<<std::min(count, device.sm_count), C::kThreads, kShared, stream>>>(
-        maps[0], maps[1], maps[2], maps[3], args);
-    INFLLM_TRY(launched("attend_backward"));
+    INFLLM_TRY(start("attend_backward", query_gradient_kernel<C>, std::min(count, device.sm_count),
+                     C::kThreads, kShared, stream, maps[0], maps[1], maps[2], maps[3], args));
   }
   return {};
 }

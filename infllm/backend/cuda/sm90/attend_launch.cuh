@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/sm90/attend_kernel.cuh"
 #include "infllm/backend/cuda/tile/tensor_map.h"
 #include "infllm/core/arena.h"
@@ -123,9 +123,6 @@ Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cu
   const CUtensorMap v_map = INFLLM_TRY(plane_map(params.pages, pool.map.value(0), C::kPanels));
   constexpr std::size_t kShared = sizeof(AttendShared<C>) + 1024;
   static_assert(kShared <= kSharedLimit);
-  INFLLM_TRY(to_status(
-      "attend", cudaFuncSetAttribute(attend_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     kShared)));
   INFLLM_TRY(
       to_status("attend", cudaMemsetAsync(taken, 0, plan.chunks * sizeof(unsigned), stream)));
   for (std::int64_t i = 0; i < plan.chunks; ++i) {
@@ -145,9 +142,8 @@ Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cu
                     .count = count,
                     .next = taken + i};
     if (params.selection == nullptr) args.batch.any_sparse = false;
-    attend_kernel<C>
-        <<<std::min(count, sm_count), C::kThreads, kShared, stream>>>(q_map, k_map, v_map, args);
-    INFLLM_TRY(launched("attend"));
+    INFLLM_TRY(start("attend", attend_kernel<C>, std::min(count, sm_count), C::kThreads, kShared,
+                     stream, q_map, k_map, v_map, args));
   }
   return {};
 }

@@ -2,7 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/pooled.h"
 #include "infllm/backend/cuda/sm90/score_kernel.cuh"
 #include "infllm/backend/cuda/sm90/score_select.h"
@@ -67,15 +67,11 @@ Status launch_shape(const Device& device, const ScoreSelectParams& params, const
                        .exponent = p.scale * kLog2E,
                        .selection = params.select.selection,
                        .items = count_items(p.batch, heads_kv, Shape::kTokens)};
-  auto* const kernel = score_select_kernel<Shape>;
   constexpr std::size_t kShared = sizeof(ScoreMemory<Shape>);
   static_assert(kShared <= kMostShared);
-  INFLLM_TRY(to_status("score_select",
-                       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(kShared))));
   const auto grid = static_cast<unsigned>(std::min<std::int64_t>(task.items, device.sm_count));
-  kernel<<<grid, Shape::kThreads, kShared, device.stream>>>(maps, task);
-  return launched("score_select");
+  return start("score_select", score_select_kernel<Shape>, grid, Shape::kThreads, kShared,
+               device.stream, maps, task);
 }
 
 // Calls run(ScoreShape) with the shape's constants.
