@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <bit>
+
 #include "infllm/backend/cuda/numbers.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_dense.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_launch.cuh"
@@ -6,8 +9,13 @@
 namespace infllm::cuda::sm90 {
 namespace {
 
-// A chunk's Q, dO and sums of dQ, of one KV head, should stay in L2: 64 KB a tile for D = 128.
-constexpr int kChunkTiles = 256;
+// The Q, dO and sums of dQ of a chunk should stay in L2, 64 KB a tile for D = 128, for the KV heads
+// that are walked together: with two of them, twice the time may pass until a turn is passed on.
+constexpr int kHeadsTogether = 2;
+constexpr std::int64_t kTilesTogether = 512;
+// Of chunks. Short sequences are cut finer, so that there is work for all multiprocessors.
+constexpr std::int64_t kSmallestChunk = 64;
+constexpr std::int64_t kChunksWanted = 8;
 // The sums of dQ are the workspace. Longer batches are cut into several launches.
 constexpr std::int64_t kQuerySumBytes = std::int64_t{1} << 30;
 
@@ -19,7 +27,11 @@ struct DensePlan {
         sum_floats(std::int64_t{kPageTokens} * p.pages.layout.head_dim),
         sequences(p.batch.num_sequences),
         pairs(ceil_div(p.batch.max_kv_length, 2 * kPageTokens)),
-        chunks(ceil_div(p.batch.max_query_length, kChunkTiles * (64 / group))),
+        heads_together(std::min<std::int64_t>(heads, kHeadsTogether)),
+        chunk_tiles(std::clamp(static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(
+                                   p.batch.num_tokens / (64 / group) / kChunksWanted))),
+                               kSmallestChunk, kTilesTogether / heads_together)),
+        chunks(ceil_div(p.batch.max_query_length, chunk_tiles * (64 / group))),
         blocks(sequences * heads * pairs * 2) {
     const std::int64_t all = p.batch.num_tokens / (64 / group) + sequences;
     const std::int64_t most =
@@ -27,8 +39,8 @@ struct DensePlan {
     chunks_at_once = chunks;
     slots = all;
     if (all > most) {
-      chunks_at_once = std::clamp<std::int64_t>(most / (sequences * kChunkTiles), 1, chunks);
-      slot_stride = chunks_at_once * kChunkTiles;
+      chunks_at_once = std::clamp<std::int64_t>(most / (sequences * chunk_tiles), 1, chunks);
+      slot_stride = chunks_at_once * chunk_tiles;
       slots = sequences * slot_stride;
       if (slots >= all) chunks_at_once = chunks, slot_stride = 0, slots = all;
     }
@@ -51,7 +63,9 @@ struct DensePlan {
   std::int64_t group;
   std::int64_t sum_floats;  // of 64 keys or rows
   std::int64_t sequences;
-  std::int64_t pairs;   // of blocks
+  std::int64_t pairs;  // of blocks
+  std::int64_t heads_together;
+  std::int64_t chunk_tiles;
   std::int64_t chunks;  // of a sequence
   std::int64_t blocks;  // of 64 keys
   std::int64_t chunks_at_once = 0;
@@ -70,9 +84,6 @@ Status run(const Device& device, const AttendBackwardParams& p, const DensePlan&
   };
   if (plan.launches > 0) {
     const KeyMaps maps = INFLLM_TRY(key_maps<C>(p, args.keys));
-    constexpr std::size_t kShared = sizeof(DenseShared<C>) + 1024;
-    constexpr auto kernel = dense_gradient_kernel<C>;
-    INFLLM_TRY(allow_shared<kShared>(kernel));
     INFLLM_TRY(clear(args.key_turns, plan.blocks));
     for (std::int64_t i = 0; i < plan.launches; ++i) {
       args.first_chunk = static_cast<std::int32_t>(i * plan.chunks_at_once);
@@ -80,10 +91,9 @@ Status run(const Device& device, const AttendBackwardParams& p, const DensePlan&
       INFLLM_TRY(clear(args.query_turns, plan.heads * plan.slots));
       INFLLM_TRY(clear(args.next, 1));
       const auto items = chunks * plan.sequences * plan.heads * plan.pairs;
-      kernel<<<static_cast<unsigned>(items), C::kThreads, kShared, stream>>>(
-          maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], args);
-      INFLLM_TRY(launched("attend_backward"));
-      const dim3 tiles(static_cast<unsigned>(chunks * kChunkTiles),
+      INFLLM_TRY((start_keys<sizeof(DenseShared<C>) + 1024, C::kThreads>(
+          dense_gradient_kernel<C>, items, stream, maps, args)));
+      const dim3 tiles(static_cast<unsigned>(chunks * plan.chunk_tiles),
                        static_cast<unsigned>(plan.sequences), static_cast<unsigned>(plan.heads));
       round_queries_kernel<C><<<tiles, 128, 0, stream>>>(args);
       INFLLM_TRY(launched("attend_backward"));
@@ -100,7 +110,8 @@ bool suits_dense_gradient(const AttendParams& forward) {
   const DensePlan plan(forward);
   // If all tokens were one sequence's.
   const std::int64_t together =
-      plan.heads * plan.pairs * ceil_div(forward.batch.num_tokens, kChunkTiles * (64 / plan.group));
+      plan.heads * plan.pairs *
+      ceil_div(forward.batch.num_tokens, plan.chunk_tiles * (64 / plan.group));
   return plan.items() <= std::max(kFew, 4 * together);
 }
 
@@ -116,7 +127,8 @@ Status dense_gradient(const Backend& backend, const AttendBackwardParams& params
                  .next = nullptr,
                  .grad_q = params.grad_q,
                  .pairs = static_cast<std::int32_t>(plan.pairs),
-                 .chunk_tiles = kChunkTiles,
+                 .heads_together = static_cast<std::int32_t>(plan.heads_together),
+                 .chunk_tiles = static_cast<std::int32_t>(plan.chunk_tiles),
                  .first_chunk = 0,
                  .slots = static_cast<std::int32_t>(plan.slots),
                  .slot_stride = static_cast<std::int32_t>(plan.slot_stride)};

@@ -9,9 +9,9 @@
 // Sums are added in a fixed order. The pairs of keys that a tile of rows sees take turns at it, the
 // first pair first; so do the chunks that a pair of keys sees. Thread blocks take their items from
 // a counter, in an order in which nobody waits for an item behind his own: chunk after chunk, and
-// within a chunk pair after pair. All pairs walk a chunk's tiles from the last one down, so that a
-// thread block finds its turn come if it began a little after the one before. Q, dO and the sums of
-// a chunk stay in L2 meanwhile.
+// within a chunk pair after pair, of two KV heads by turns. All pairs walk a chunk's tiles from the
+// last one down, so that a thread block finds its turn come if it began a little after the one
+// before of its head. Q, dO and the sums of a chunk and of two heads stay in L2 meanwhile.
 #pragma once
 
 #include "infllm/backend/cuda/sm90/attend_backward_stages.cuh"
@@ -26,6 +26,7 @@ struct DenseArgs {
   unsigned* next;         // item
   void* grad_q;
   std::int32_t pairs;
+  std::int32_t heads_together;
   std::int32_t chunk_tiles;
   std::int32_t first_chunk;  // of this launch
   std::int32_t slots;        // tiles that query_sums has room for
@@ -57,10 +58,13 @@ struct DenseItem : KeyItem {
 __device__ __forceinline__ DenseItem find_item(const DenseArgs& a, int index) {
   DenseItem item;
   const Batch& batch = a.keys.batch;
-  item.block = index % a.pairs * 2;
-  index /= a.pairs;
-  item.head = index % a.keys.heads;
-  index /= a.keys.heads;
+  int rest = index % (a.pairs * a.keys.heads);
+  index /= a.pairs * a.keys.heads;
+  const int first_head = rest / (a.pairs * a.heads_together) * a.heads_together;
+  const int heads = min(a.heads_together, a.keys.heads - first_head);
+  rest -= first_head * a.pairs;
+  item.head = first_head + rest % heads;
+  item.block = rest / heads * 2;
   item.sequence = index % batch.num_sequences;
   item.chunk = a.first_chunk + index / batch.num_sequences;
   const Sequence sequence(batch, item.sequence);
@@ -86,9 +90,9 @@ __device__ __forceinline__ void await_turn(const unsigned* turn, unsigned mine) 
   } while (now != mine);
 }
 
-// Everything that this thread has seen happen has happened for whoever takes his turn now.
+// Everything that this thread has seen happen has happened for whoever takes his turn now: what the
+// thread block's others did too, because a release is cumulative.
 __device__ __forceinline__ void give_turn(unsigned* turn, unsigned next) {
-  __threadfence();
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");
 }
 
