@@ -33,18 +33,19 @@ struct Bed {
         o(rig.queries.size()),
         lse(std::size_t(rig.heads_q()) * rig.batch.num_tokens),
         grad_o_host(normals<T>(rig.queries.size(), 0x51ed270b)),
-        grad_lse_host(normals<float>(lse.count, 0x2545f491)),
+        grad_lse_host(normals<float>(lse.size(), 0x2545f491)),
         grad_o(grad_o_host),
         grad_lse(grad_lse_host) {
     for (const Span& s : c.spans) keys += s.end;
   }
 
   AttendBackwardParams params(T* grad_q, T* grad_k, T* grad_v) const {
-    AttendParams forward = rig.attend_params(o.data, lse.data, columns > 0 ? given.data : nullptr);
+    AttendParams forward =
+        rig.attend_params(o.data(), lse.data(), columns > 0 ? given.data() : nullptr);
     forward.columns = columns;
     return {.forward = forward,
-            .grad_o = grad_o.data,
-            .grad_lse = grad_lse.data,
+            .grad_o = grad_o.data(),
+            .grad_lse = grad_lse.data(),
             .grad_q = grad_q,
             .grad_k = grad_k,
             .grad_v = grad_v};

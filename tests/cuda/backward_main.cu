@@ -11,10 +11,11 @@
 //   backward_main repeat [N]      100 (or N) runs of shapes with cut lists and ragged batches,
 //   dense
 //                                 and sparse: all the same bits
-//   backward_main bench [correlated | random | dense] [d64] [gN] N...
+//   backward_main bench [correlated | random | dense] [d64] [gN] [kN] N...
 //                                 milliseconds and useful TFLOP/s: neighbours share 0.8 of their
 //                                 free blocks, draw their own, or see all; else all three; for
-//                                 dimension 64 instead of 128, for groups of N heads instead of 16
+//                                 dimension 64 instead of 128, for groups of N heads instead of
+//                                 16, for N KV heads instead of 2
 //   backward_main align N...      milliseconds of the selection-alignment loss of the last 512 rows
 #include "infllm/backend/cuda/align/align.h"
 #include "infllm/backend/cuda/backward/attend_backward.h"
@@ -46,7 +47,7 @@ template <typename T>
 struct Differentiated {
   Differentiated(const Backend& backend, const Bed<T>& bed)
       : q(bed.rig.queries.size()), k(bed.key_count()), v(bed.key_count()) {
-    const AttendBackwardParams p = bed.params(q.data, k.data, v.data);
+    const AttendBackwardParams p = bed.params(q.data(), k.data(), v.data());
     with_workspace(backward_bytes(backend, p), [&](auto w) { return run_backward(backend, p, w); });
   }
   Gradients<T> host() const { return {q.host(), k.host(), v.host()}; }
@@ -64,10 +65,10 @@ template <typename T>
 bool same(const Differentiated<T>& a, const Differentiated<T>& b) {
   const Array<int> different(std::vector<int>{0});
   const auto compare = [&](const Array<T>& x, const Array<T>& y) {
-    if (x.count == 0) return;
-    compare_kernel<<<unsigned((x.count + 255) / 256), 256>>>(
-        reinterpret_cast<const std::uint16_t*>(x.data),
-        reinterpret_cast<const std::uint16_t*>(y.data), x.count, different.data);
+    if (x.size() == 0) return;
+    compare_kernel<<<unsigned((x.size() + 255) / 256), 256>>>(
+        reinterpret_cast<const std::uint16_t*>(x.data()),
+        reinterpret_cast<const std::uint16_t*>(y.data()), x.size(), different.data());
     must(cudaGetLastError());
   };
   compare(a.q, b.q);
@@ -131,14 +132,7 @@ std::vector<Case> cases() {
                  .heads_kv = 2,
                  .group = 4,
                  .dim = 64,
-                 .spans = {{517, 541},
-                           {0, 70},
-                           {460, 461},
-                           {0, 0},
-                           {701, 720},
-                           {300, 333, false},
-                           {900, 1000},
-                           {128, 128}}});
+                 .spans = ragged_spans()});
   list.add_shapes({1, 2, 7, 16, 32, 40}, [](Case&) {});
   list.add_edges();
   const auto add = [&](const char* name, auto change) { list.add(name, change); };
@@ -205,37 +199,32 @@ std::vector<int> correlated_selection(int tokens, int heads, int columns, double
   return selection;
 }
 
-// `keep`: the share of a token's free blocks that its neighbour has too; below 0: dense. Two KV
-// heads.
-void bench(const Backend& backend, int tokens, double keep, int group, int dim) {
+// `keep`: the share of a token's free blocks that its neighbour has too; below 0: dense.
+void bench(const Backend& backend, const Case& shape, int tokens, double keep) {
   using T = __nv_bfloat16;
   constexpr int kColumns = 96;
   const bool sparse = keep >= 0;
-  const Case c{.name = "bench",
-               .config = SparseConfig{},
-               .heads_kv = 2,
-               .group = group,
-               .dim = dim,
-               .spans = {{0, tokens}}};
+  Case c = shape;
+  c.spans = {{0, tokens}};
   const std::vector<int> lists =
-      sparse ? correlated_selection(tokens, 2, kColumns, keep) : std::vector<int>();
+      sparse ? correlated_selection(tokens, c.heads_kv, kColumns, keep) : std::vector<int>();
   const Bed<T> bed(c, lists, sparse ? kColumns : 0);
   const cudaStream_t stream = device_of(backend).stream;
   const Array<T> q(bed.rig.queries.size()), k(bed.key_count()), v(bed.key_count());
-  const AttendBackwardParams p = bed.params(q.data, k.data, v.data);
+  const AttendBackwardParams p = bed.params(q.data(), k.data(), v.data());
   const bool fits = is_hopper(backend) && sm90::attends(p.forward);
   const auto attend = fits ? sm90::attend : sm80::attend;
   const auto attend_bytes = fits ? sm90::attend_bytes : sm80::attend_bytes;
   const std::size_t bytes = backward_bytes(backend, p);
   const Array<std::byte> workspace(std::max(bytes, attend_bytes(backend, p.forward)));
-  const std::span<std::byte> w(workspace.data, workspace.count);
+  const std::span<std::byte> w(workspace.data(), workspace.size());
   const double forward = median_milliseconds(stream, [&] { must(attend(backend, p.forward, w)); });
   const double back = median_milliseconds(stream, [&] { must(run_backward(backend, p, w)); });
   double pairs = 0;
   for (int t = 0; t < tokens; ++t) {
     pairs += sparse && t / 64 + 1 > kColumns ? (kColumns - 1) * 64 + t % 64 + 1 : t + 1;
   }
-  const double flops = 4.0 * pairs * 2 * group * dim;
+  const double flops = 4.0 * pairs * c.heads_kv * c.group * c.dim;
   const std::string kind = sparse ? "sparse, kept " + std::to_string(keep).substr(0, 4) : "dense";
   std::printf(
       "%7d %-17s forward %8.3f ms (%3.0f TF)  backward %8.3f ms (%3.0f TF)  workspace %.0f MB\n",
@@ -268,18 +257,18 @@ void bench_align(const Backend& backend, int tokens, int rows) {
                       .heads_q = score.heads_q,
                       .scale = score.scale,
                       .q = score.q,
-                      .rows = list_there.data,
+                      .rows = list_there.data(),
                       .num_rows = rows,
-                      .loss = loss.data,
-                      .norms = norms.data,
-                      .grad_scores = scores.data,
-                      .windows = windows.data};
+                      .loss = loss.data(),
+                      .norms = norms.data(),
+                      .grad_scores = scores.data(),
+                      .windows = windows.data()};
   const AlignBackwardParams b{
-      .forward = p, .grad_loss = loss.data, .grad_q = grad_q.data, .grad_k = grad_k.data};
+      .forward = p, .grad_loss = loss.data(), .grad_q = grad_q.data(), .grad_k = grad_k.data()};
   const std::size_t there = align::align_bytes(backend, p);
   const std::size_t back = align::align_backward_bytes(backend, b);
   const Array<std::byte> workspace(std::max(there, back));
-  const std::span<std::byte> w(workspace.data, workspace.count);
+  const std::span<std::byte> w(workspace.data(), workspace.size());
   const cudaStream_t stream = device_of(backend).stream;
   const double forward = median_milliseconds(stream, [&] { must(align::align(backend, p, w)); });
   const double backward =
@@ -301,17 +290,18 @@ int run(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "check";
   if (mode == "bench") {
     std::vector<double> kept = {0.8, 0, -1};
-    int group = 16, dim = 128;
+    Case shape{.name = "bench", .heads_kv = 2, .group = 16, .dim = 128};
     for (int i = 2; i < argc; ++i) {
       const std::string word = argv[i];
       if (word == "correlated") kept = {0.8};
       if (word == "random") kept = {0};
       if (word == "dense") kept = {-1};
-      if (word[0] == 'g') group = std::atoi(word.c_str() + 1);
-      if (word == "d64") dim = 64;
+      if (word[0] == 'g') shape.group = std::atoi(word.c_str() + 1);
+      if (word[0] == 'k') shape.heads_kv = std::atoi(word.c_str() + 1);
+      if (word == "d64") shape.dim = 64;
       const int tokens = std::atoi(argv[i]);
       for (const double keep : kept) {
-        if (tokens > 0) bench(backend, tokens, keep, group, dim);
+        if (tokens > 0) bench(backend, shape, tokens, keep);
       }
     }
     return 0;

@@ -3,10 +3,9 @@
 // What the programs that test prefill rows and their gradients share: cases at edges, small cases
 // for compute-sanitizer, selections that nobody would make, and how all of them are gone through.
 //
-//   CaseList list(Case{.config = ..., .heads_kv = 2, .group = 4, .dim = 64, .spans = ...});
-//   list.add("group 7", [](Case& c) { c.group = 7; });
-//   list.add_edges();
-//   const int bad = count_failures(list.cases, nullptr, [&]<typename T>(const Case& c, T) {
+//   CaseList list(Case{.config = ..., .heads_kv = 2, .group = 4, .dim = 64, .spans =
+//   ragged_spans()}); list.add("group 7", [](Case& c) { c.group = 7; }); list.add_edges(); const
+//   int bad = count_failures(list.cases, nullptr, [&]<typename T>(const Case& c, T) {
 //     return check_case<T>(backend, c);
 //   });
 #pragma once
@@ -15,6 +14,12 @@
 #include "tests/cuda/shard.h"
 
 namespace infllm::cuda {
+
+// With and without history, sparse and dense, empty ones, one that adds no token.
+inline std::vector<Span> ragged_spans() {
+  return {{517, 541},        {0, 70},     {460, 461}, {0, 0},      {701, 720},
+          {300, 333, false}, {900, 1000}, {128, 128}, {1500, 1700}};
+}
 
 struct CaseList {
   explicit CaseList(Case usual) : base(std::move(usual)) {}
@@ -106,7 +111,7 @@ std::vector<int> any_selection(const Rig<T>& rig, int columns) {
 template <typename Run>
 void with_workspace(std::size_t bytes, Run&& run) {
   const Array<std::byte> workspace(bytes);
-  must(run(std::span<std::byte>(workspace.data, bytes)));
+  must(run(std::span<std::byte>(workspace.data(), bytes)));
   must(cudaDeviceSynchronize());
 }
 

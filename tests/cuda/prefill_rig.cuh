@@ -5,7 +5,7 @@
 // nobody wrote is NaN, and table entries behind a sequence's last page are out of range.
 //
 //   const Rig<__nv_bfloat16> rig(Case{.heads_kv = 2, .group = 16, .dim = 128, .spans = {{0,
-//   700}}}); must(sm80::attend(backend, rig.attend_params(o.data, lse.data, nullptr), {}));
+//   700}}}); must(sm80::attend(backend, rig.attend_params(o.data(), lse.data(), nullptr), {}));
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,34 +23,9 @@
 #include "infllm/ops/attend.h"
 #include "infllm/ops/score.h"
 #include "infllm/ops/select.h"
-#include "tests/cuda/must.h"
-#include "tests/cuda/poison.h"
+#include "tests/cuda/array.h"
 
 namespace infllm::cuda {
-
-// Device memory, poisoned. The columns' stream does not wait for the default one, on which memory
-// is filled: what is filled here is there when the constructor returns.
-template <typename T>
-struct Array {
-  explicit Array(std::size_t n) : count(n) {
-    must(cudaMalloc(&data, std::max<std::size_t>(n, 1) * sizeof(T)));
-    must(poison(data, n * sizeof(T)));
-    must(cudaStreamSynchronize(nullptr));
-  }
-  explicit Array(const std::vector<T>& host) : Array(host.size()) {
-    must(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyDefault));
-    must(cudaStreamSynchronize(nullptr));
-  }
-  Array(const Array&) = delete;
-  ~Array() { cudaFree(data); }
-  std::vector<T> host() const {
-    std::vector<T> out(count);
-    must(cudaMemcpy(out.data(), data, count * sizeof(T), cudaMemcpyDefault));
-    return out;
-  }
-  T* data = nullptr;
-  std::size_t count = 0;
-};
 
 struct Random {
   std::uint64_t state;
@@ -115,11 +90,11 @@ struct Rig {
     kv_length = std::make_unique<Array<int>>(lengths);
     sparse_flags = std::make_unique<Array<std::uint8_t>>(sparse);
     page_table = std::make_unique<Array<int>>(table);
-    batch.query_start = query_start->data;
-    batch.kv_length = kv_length->data;
-    batch.sparse = sparse_flags->data;
-    batch.page_table = page_table->data;
-    pages.data = page_memory->data;
+    batch.query_start = query_start->data();
+    batch.kv_length = kv_length->data();
+    batch.sparse = sparse_flags->data();
+    batch.page_table = page_table->data();
+    pages.data = page_memory->data();
   }
 
   // Keys with topics of 16 tokens, pooled as compress does; whatever nobody wrote is NaN.
@@ -200,7 +175,7 @@ struct Rig {
             .config = c.config,
             .heads_q = heads_q(),
             .scale = scale(),
-            .q = q->data,
+            .q = q->data(),
             .scores = scores};
   }
   SelectParams select_params(const float* scores, int* selection) const {
@@ -215,7 +190,7 @@ struct Rig {
             .batch = batch,
             .heads_q = heads_q(),
             .scale = scale(),
-            .q = q->data,
+            .q = q->data(),
             .o = o,
             .lse = lse,
             .selection = selection,

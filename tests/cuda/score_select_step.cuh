@@ -24,8 +24,7 @@
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/backend/cuda/sm90/score_select.h"
-#include "tests/cuda/must.h"
-#include "tests/cuda/poison.h"
+#include "tests/cuda/array.h"
 
 namespace infllm::cuda {
 
@@ -38,36 +37,6 @@ inline std::string text(const char* format, ...) {
   va_end(arguments);
   return buffer;
 }
-
-template <typename T>
-class Array {
- public:
-  Array() = default;
-  explicit Array(std::size_t count) : count_(count) {
-    must(cudaMalloc(&data_, std::max<std::size_t>(count, 1) * sizeof(T)));
-  }
-  explicit Array(const std::vector<T>& host) : Array(host.size()) {
-    must(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyDefault));
-  }
-  Array(Array&& other) noexcept { *this = std::move(other); }
-  Array& operator=(Array&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(count_, other.count_);
-    return *this;
-  }
-  ~Array() { cudaFree(data_); }
-  T* data() const { return data_; }
-  std::size_t size() const { return count_; }
-  std::vector<T> host() const {
-    std::vector<T> out(count_);
-    must(cudaMemcpy(out.data(), data_, count_ * sizeof(T), cudaMemcpyDefault));
-    return out;
-  }
-
- private:
-  T* data_ = nullptr;
-  std::size_t count_ = 0;
-};
 
 enum class Content { kNatural, kZero, kTies, kExtreme };
 
@@ -218,7 +187,6 @@ class Step {
         Array<std::int32_t>(static_cast<std::size_t>(c.heads_kv) * batch_.num_tokens * columns());
     params_.select.selection = selection_.data();
     workspace_ = Array<std::byte>(workspace_bytes());
-    must(poison(workspace_.data(), workspace_.size()));
   }
 
   int columns() const { return params_.select.columns(); }

@@ -10,6 +10,7 @@
 #include "infllm/backend/cuda/sm80/score.h"
 #include "infllm/backend/cuda/sm80/select.h"
 #include "tests/cuda/prefill_cases.h"
+#include "tests/cuda/small_config.h"
 
 namespace infllm::cuda {
 namespace {
@@ -25,12 +26,12 @@ bool check_case(const Backend& backend, const Case& c) {
   Array<int> chosen(rows * sizes.columns());
   if (rig.batch.any_sparse && !c.missing_pages) {
     Array<float> scores(rows * sizes.blocks());
-    const ScoreParams p = rig.score_params(scores.data);
+    const ScoreParams p = rig.score_params(scores.data());
     with_workspace(sm80::score_bytes(backend, p),
                    [&](auto w) { return sm80::score(backend, p, w); });
     const std::vector<float> host = scores.host();
     scored = check_scores(rig, host);
-    must(sm80::select(backend, rig.select_params(scores.data, chosen.data), {}));
+    must(sm80::select(backend, rig.select_params(scores.data(), chosen.data()), {}));
     must(cudaDeviceSynchronize());
     selection = chosen.host();
     misplaced = check_selection(rig, host, selection);
@@ -45,7 +46,7 @@ bool check_case(const Backend& backend, const Case& c) {
     Array<T> o(rig.queries.size());
     Array<float> lse(std::size_t(rig.heads_q()) * rig.batch.num_tokens);
     const AttendParams p =
-        rig.attend_params(o.data, lse.data, selection.empty() ? nullptr : given.data);
+        rig.attend_params(o.data(), lse.data(), selection.empty() ? nullptr : given.data());
     with_workspace(sm80::attend_bytes(backend, p),
                    [&](auto w) { return sm80::attend(backend, p, w); });
     attended[round] = check_attention(rig, o.host(), lse.host(), selection, 40);
@@ -60,27 +61,9 @@ bool check_case(const Backend& backend, const Case& c) {
   return wrong == 0;
 }
 
-SparseConfig small_config() {
-  SparseConfig config;
-  config.window_size = 128;
-  config.topk = 4;
-  config.dense_len = -1;
-  return config;
-}
-
 std::vector<Case> cases() {
-  CaseList list({.config = small_config(),
-                 .heads_kv = 2,
-                 .group = 4,
-                 .dim = 64,
-                 .spans = {{517, 541},
-                           {0, 70},
-                           {460, 461},
-                           {0, 0},
-                           {701, 720},
-                           {300, 333, false},
-                           {1500, 1700},
-                           {0, 0}}});
+  CaseList list(
+      {.config = small_config(), .heads_kv = 2, .group = 4, .dim = 64, .spans = ragged_spans()});
   list.add_shapes({1, 2, 3, 4, 7, 8, 12, 16, 32}, [](Case& c) {
     c.heads_kv = c.group == 1 ? 8 : c.group == 32 ? 1 : 2;
   });
@@ -133,13 +116,13 @@ void bench(const Backend& backend, int length, int tokens, float correlation, in
   Array<float> scores(rows * sizes.blocks());
   Array<int> chosen(rows * sizes.columns());
   Array<T> o(rig.queries.size());
-  const ScoreParams score = rig.score_params(scores.data);
-  const SelectParams select = rig.select_params(scores.data, chosen.data);
-  const AttendParams sparse = rig.attend_params(o.data, nullptr, chosen.data);
-  const AttendParams dense = rig.attend_params(o.data, nullptr, nullptr);
+  const ScoreParams score = rig.score_params(scores.data());
+  const SelectParams select = rig.select_params(scores.data(), chosen.data());
+  const AttendParams sparse = rig.attend_params(o.data(), nullptr, chosen.data());
+  const AttendParams dense = rig.attend_params(o.data(), nullptr, nullptr);
   Array<std::byte> workspace(
       std::max(sm80::score_bytes(backend, score), sm80::attend_bytes(backend, sparse)));
-  const std::span<std::byte> w(workspace.data, workspace.count);
+  const std::span<std::byte> w(workspace.data(), workspace.size());
   const double score_ms =
       median_milliseconds(stream, [&] { must(sm80::score(backend, score, w)); });
   const double select_ms =

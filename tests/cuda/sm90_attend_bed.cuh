@@ -16,36 +16,9 @@
 
 #include "infllm/backend/cuda/page.cuh"
 #include "infllm/ops/attend.h"
-#include "tests/cuda/must.h"
-#include "tests/cuda/poison.h"
+#include "tests/cuda/array.h"
 
 namespace infllm::cuda::testing {
-
-template <typename T>
-class Array {
- public:
-  explicit Array(std::int64_t count) : count_(count) {
-    must(
-        cudaMalloc(&data_, static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(T)));
-    must(poison(data_, static_cast<std::size_t>(count) * sizeof(T)));
-  }
-  explicit Array(const std::vector<T>& host) : Array(static_cast<std::int64_t>(host.size())) {
-    must(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  Array(const Array&) = delete;
-  ~Array() { cudaFree(data_); }
-  T* get() const { return data_; }
-  std::vector<T> read(std::int64_t first, std::int64_t count) const {
-    std::vector<T> host(static_cast<std::size_t>(count));
-    must(cudaMemcpy(host.data(), data_ + first, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
-    return host;
-  }
-  std::vector<T> read() const { return read(0, count_); }
-
- private:
-  T* data_ = nullptr;
-  std::int64_t count_;
-};
 
 // About normal: the sum of four uniform numbers.
 __host__ __device__ inline float number(std::uint64_t kind, std::uint64_t index) {
@@ -243,39 +216,39 @@ struct Bed {
     params.pages.page_bytes = PageMap(layout).bytes();
     const std::int64_t bytes = params.pages.page_bytes * pages;
     memory = std::make_unique<Array<std::byte>>(bytes);
-    must(cudaMemset(memory->get(), 0xff, static_cast<std::size_t>(bytes)));  // read, but masked
-    params.pages.data = memory->get();
+    must(cudaMemset(memory->data(), 0xff, static_cast<std::size_t>(bytes)));  // read, but masked
+    params.pages.data = memory->data();
     d_starts = std::make_unique<Array<std::int32_t>>(starts);
     d_lengths = std::make_unique<Array<std::int32_t>>(lengths);
     d_table = std::make_unique<Array<std::int32_t>>(table);
     d_sparse = std::make_unique<Array<std::uint8_t>>(sparse);
     params.batch.num_sequences = static_cast<std::int32_t>(c.sequences.size());
     params.batch.num_tokens = tokens;
-    params.batch.query_start = d_starts->get();
-    params.batch.kv_length = d_lengths->get();
-    params.batch.page_table = d_table->get();
+    params.batch.query_start = d_starts->data();
+    params.batch.kv_length = d_lengths->data();
+    params.batch.page_table = d_table->data();
     params.batch.max_pages = row;
-    params.batch.sparse = d_sparse->get();
+    params.batch.sparse = d_sparse->data();
     params.batch.max_kv_length = longest;
     const PagePool pool(params.pages);
     for (std::size_t b = 0; b < c.sequences.size(); ++b) {
       const auto blocks = static_cast<unsigned>((lengths[b] + 63) / 64);
       if (blocks == 0) continue;
       fill_pages<T><<<dim3(blocks, static_cast<unsigned>(c.heads_kv)), 256>>>(
-          pool, d_table->get() + b * static_cast<std::size_t>(row), static_cast<int>(b), lengths[b],
-          c.dim);
+          pool, d_table->data() + b * static_cast<std::size_t>(row), static_cast<int>(b),
+          lengths[b], c.dim);
     }
     const std::int64_t elements = std::int64_t{tokens} * heads() * c.dim;
     q = std::make_unique<Array<T>>(elements);
     o = std::make_unique<Array<T>>(elements);
     lse = std::make_unique<Array<float>>(std::int64_t{tokens} * heads());
-    fill_rows<T><<<1024, 256>>>(q->get(), kQuery, elements, query_scale);
+    fill_rows<T><<<1024, 256>>>(q->data(), kQuery, elements, query_scale);
     must(cudaGetLastError());
     params.heads_q = heads();
     params.scale = 1 / std::sqrt(static_cast<float>(c.dim));
-    params.q = q->get();
-    params.o = o->get();
-    params.lse = lse->get();
+    params.q = q->data();
+    params.o = o->data();
+    params.lse = lse->data();
     scale_of_q = query_scale;
     if (c.columns > 0) choose(random);
     must(cudaDeviceSynchronize());
@@ -310,7 +283,7 @@ struct Bed {
       }
     }
     d_selection = std::make_unique<Array<std::int32_t>>(selection);
-    params.selection = d_selection->get();
+    params.selection = d_selection->data();
     params.columns = test.columns;
   }
 
@@ -322,17 +295,15 @@ struct Bed {
         std::make_unique<Array<std::int32_t>>(std::int64_t{test.heads_kv} * tokens * kBudget);
     draw_selection<<<dim3(static_cast<unsigned>((tokens + 255) / 256),
                           static_cast<unsigned>(test.heads_kv)),
-                     256, shared>>>(d_selection->get(), tokens, rho);
+                     256, shared>>>(d_selection->data(), tokens, rho);
     must(cudaDeviceSynchronize());
-    params.selection = d_selection->get();
+    params.selection = d_selection->data();
     params.columns = kBudget;
   }
 
   void poison() {
-    must(cuda::poison(
-        o->get(), static_cast<std::size_t>(std::int64_t{tokens} * heads() * test.dim) * sizeof(T)));
-    must(cuda::poison(lse->get(), static_cast<std::size_t>(tokens) *
-                                      static_cast<std::size_t>(heads()) * sizeof(float)));
+    o->poison();
+    lse->poison();
   }
 
   Case test;

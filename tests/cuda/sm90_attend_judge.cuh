@@ -124,8 +124,8 @@ void examine(const Bed<T>& bed, const Sample<T>& sample, Findings& findings) {
 template <typename T>
 std::vector<Sample<T>> take_samples(const Bed<T>& bed, int stride) {
   const Case& c = bed.test;
-  const std::vector<T> o = stride == 1 ? bed.o->read() : std::vector<T>();
-  const std::vector<float> lse = bed.lse->read();
+  const std::vector<T> o = stride == 1 ? bed.o->host() : std::vector<T>();
+  const std::vector<float> lse = bed.lse->host();
   std::vector<Sample<T>> samples;
   for (std::size_t b = 0; b < c.sequences.size(); ++b) {
     const int tokens = c.sequences[b].tokens;
@@ -139,7 +139,7 @@ std::vector<Sample<T>> take_samples(const Bed<T>& bed, int stride) {
         if (stride == 1) {
           sample.got.assign(o.begin() + at, o.begin() + at + n);
         } else {
-          sample.got = bed.o->read(at, n);
+          sample.got = bed.o->host(at, n);
         }
         for (int g = 0; g < c.group; ++g) {
           sample.got_lse.push_back(
@@ -148,7 +148,7 @@ std::vector<Sample<T>> take_samples(const Bed<T>& bed, int stride) {
         if (bed.params.selection != nullptr) {
           const std::int64_t columns = bed.params.columns;
           sample.chosen =
-              bed.d_selection->read((std::int64_t{h} * bed.tokens + token) * columns, columns);
+              bed.d_selection->host((std::int64_t{h} * bed.tokens + token) * columns, columns);
         }
         samples.push_back(std::move(sample));
       }

@@ -73,7 +73,7 @@ template <typename T>
 void run_once(Bed<T>& bed, const Runner& r) {
   Array<std::byte> workspace(static_cast<std::int64_t>(r.bytes(bed.params)));
   bed.poison();
-  must(r.run(bed.params, {workspace.get(), r.bytes(bed.params)}, nullptr, sm_count()));
+  must(r.run(bed.params, {workspace.data(), r.bytes(bed.params)}, nullptr, sm_count()));
   must(cudaDeviceSynchronize());
 }
 
@@ -130,12 +130,12 @@ bool check_all(const char* type, const std::vector<Case>& chosen, bool once) {
     for (const Runner& r : runners()) {
       if (r.sparse != bed.params.batch.any_sparse || !r.fits(bed.params)) continue;
       run_once(bed, r);
-      const auto o = bed.o->read();
-      const auto lse = bed.lse->read();
+      const auto o = bed.o->host();
+      const auto lse = bed.lse->host();
       ok = check(bed, std::string(type) + " " + r.name, bed.tokens > 2000 ? 7 : 1) && ok;
       if (once) continue;
       run_once(bed, r);
-      const auto again = bed.o->read();
+      const auto again = bed.o->host();
       if (std::memcmp(o.data(), again.data(), o.size() * sizeof(T)) != 0) {
         std::printf("FAIL %s %s: two runs differ\n", c.name.c_str(), r.name);
         ok = false;
@@ -149,15 +149,15 @@ bool check_all(const char* type, const std::vector<Case>& chosen, bool once) {
         const Array<std::int32_t> starts(std::vector<std::int32_t>{0, tokens});
         alone.batch.num_sequences = 1;
         alone.batch.num_tokens = tokens;
-        alone.batch.query_start = starts.get();
+        alone.batch.query_start = starts.data();
         alone.batch.kv_length += b;
         alone.batch.sparse += b;
         alone.batch.page_table += static_cast<std::int64_t>(b) * alone.batch.max_pages;
         alone.q = static_cast<const T*>(alone.q) + bed.starts[b] * row;
         const Array<T> out(tokens * row);
         const Array<float> out_lse(std::int64_t{tokens} * bed.heads());
-        alone.o = out.get();
-        alone.lse = out_lse.get();
+        alone.o = out.data();
+        alone.lse = out_lse.data();
         std::unique_ptr<Array<std::int32_t>> chosen;
         if (alone.selection != nullptr) {
           std::vector<std::int32_t> rows;
@@ -168,12 +168,12 @@ bool check_all(const char* type, const std::vector<Case>& chosen, bool once) {
             rows.insert(rows.end(), first, first + tokens * c.columns);
           }
           chosen = std::make_unique<Array<std::int32_t>>(rows);
-          alone.selection = chosen->get();
+          alone.selection = chosen->data();
         }
         Array<std::byte> workspace(static_cast<std::int64_t>(r.bytes(alone)));
-        must(r.run(alone, {workspace.get(), r.bytes(alone)}, nullptr, sm_count()));
+        must(r.run(alone, {workspace.data(), r.bytes(alone)}, nullptr, sm_count()));
         must(cudaDeviceSynchronize());
-        if (std::memcmp(out.read().data(), o.data() + bed.starts[b] * row,
+        if (std::memcmp(out.host().data(), o.data() + bed.starts[b] * row,
                         static_cast<std::size_t>(tokens * row) * sizeof(T)) != 0) {
           std::printf("FAIL %s %s: sequence %zu alone differs\n", c.name.c_str(), r.name, b);
           ok = false;
@@ -187,7 +187,7 @@ bool check_all(const char* type, const std::vector<Case>& chosen, bool once) {
 double median_ms(const AttendParams& params, const Runner& r, Array<std::byte>& workspace,
                  std::size_t bytes, int repeats, double& low) {
   const std::vector<float> times = milliseconds(nullptr, 2, repeats, [&] {
-    must(r.run(params, {workspace.get(), bytes}, nullptr, sm_count()));
+    must(r.run(params, {workspace.data(), bytes}, nullptr, sm_count()));
   });
   low = times.front();
   return times[times.size() / 2];
@@ -200,7 +200,7 @@ void overlap(const Bed<__nv_bfloat16>& bed, int at) {
     int tiles = 0;
     for (int first = at; first + tile <= std::min(at + 192, bed.tokens); first += tile, ++tiles) {
       std::vector<std::int32_t> ids =
-          bed.d_selection->read(std::int64_t{first} * kBudget, std::int64_t{tile} * kBudget);
+          bed.d_selection->host(std::int64_t{first} * kBudget, std::int64_t{tile} * kBudget);
       std::sort(ids.begin(), ids.end());
       all += static_cast<double>(std::unique(ids.begin(), ids.end()) - ids.begin());
     }

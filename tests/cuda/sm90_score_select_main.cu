@@ -8,17 +8,10 @@
 //   sm90_score_select_main bench [TOKENS ...]
 #include "tests/cuda/score_select_judge.cuh"
 #include "tests/cuda/shard.h"
+#include "tests/cuda/small_config.h"
 
 namespace infllm::cuda {
 namespace {
-
-SparseConfig small_config() {
-  SparseConfig c;
-  c.window_size = 128;
-  c.topk = 4;
-  c.dense_len = -1;
-  return c;
-}
 
 std::vector<Case> cases() {
   const SparseConfig small = small_config();
