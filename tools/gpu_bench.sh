@@ -5,9 +5,9 @@
 #
 # The measurements of docs/performance.md that an NVIDIA GPU makes, appended to RESULTS: four minutes
 # on an H200. The attention rows get PyTorch's attention beside them (bench/peers_cuda.py) if python3
-# has PyTorch with CUDA, and the published kernels if it has infllm_v2. When it is stopped, what was
-# measured is in RESULTS, perhaps without peers. In a copy of the tree without .git, INFLLM_COMMIT has to
-# name the commit. Parts, all by default:
+# has PyTorch with CUDA, and the published kernels (half a minute more) if it has infllm_v2. When it is
+# stopped, what was measured is in RESULTS, perhaps without peers. In a copy of the tree without .git,
+# INFLLM_COMMIT has to name the commit. Parts, all by default:
 #
 #   attention   one layer: prompts of 8K to 128K, all kinds of input, one token of many sequences
 #   backward    gradients of one layer, and forward and backward together

@@ -163,13 +163,13 @@ def device_label(records):
 
 
 def versions(records):
-    """'Peers: cudnn and flash2 of PyTorch 2.11.0; infllm_v2 of 0.1.0, f908e73.', or nothing."""
+    """'Peers: cudnn and flash2 (PyTorch 2.11.0), infllm_v2 (0.1.0, f908e73).', or nothing."""
     peers = {}
     for r in records:
         if "peer_version" in r:
             peers.setdefault(r["peer_version"], set()).add(r["peer"])
-    of = sorted(f'{" and ".join(sorted(names))} of {version}' for version, names in peers.items())
-    return f'Peers: {"; ".join(of)}.\n' if of else ""
+    of = sorted(f'{" and ".join(sorted(names))} ({version})' for version, names in peers.items())
+    return f'Peers: {", ".join(of)}.\n' if of else ""
 
 
 def by_device(measurements):

@@ -210,7 +210,7 @@ class RenderTest(unittest.TestCase):
                         input="random")]
         self.write(*ours, *published)
         self.render()
-        self.assertIn("Peers: infllm_v2 of 0.1.0, f908e73.", self.text("docs/performance.md"))
+        self.assertIn("Peers: infllm_v2 (0.1.0, f908e73).", self.text("docs/performance.md"))
         text = self.text("docs/attention-time-1.svg")
         self.assertFalse((self.root / "docs/attention-time-2.svg").exists())
         labels = [label.text for label in
