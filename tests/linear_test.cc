@@ -229,7 +229,7 @@ TEST_P(LinearTest, NormalisesAsRmsNormWould) {
                         .y = together.data(),
                         .norm = norm.data(),
                         .epsilon = 1e-5f};
-    if (!linear_normalises(bench.backend, params)) GTEST_SKIP() << "calls rms_norm() first";
+    if (!linear_fuses(bench.backend, params)) GTEST_SKIP() << "calls rms_norm() first";
     must(linear(bench.backend, params, {}));
     must(rms_norm(bench.backend, {.tokens = 1,
                                   .width = inputs,
@@ -243,6 +243,49 @@ TEST_P(LinearTest, NormalisesAsRmsNormWould) {
               bench.out(apart, static_cast<std::size_t>(outputs)))
         << inputs << " inputs";
   }
+}
+
+// The fused way rounds where the numbers would have been written, so it differs in nothing either.
+TEST_P(LinearTest, GatesAsSwigluWould) {
+  const Bench bench(open(GetParam()));
+  const DType type = bench.backend.kernels->activation;
+  for (const auto& [inputs, width] : {std::pair{8, 3}, {104, 131}, {4096, 1000}, {16384, 140}}) {
+    Random random(static_cast<std::uint64_t>(inputs));
+    std::vector<double> w = random.normals(2 * std::int64_t{width} * inputs, type);
+    const std::vector<float> narrow(w.begin(), w.end());
+    const TensorView part =
+        TensorView::matrix(narrow.data(), DType::kF32, 2 * std::int64_t{width}, inputs);
+    const LinearWeight weight = must(pack_linear(bench.backend, {&part, 1}, WeightFormat::kBF16));
+    const Buffer x = bench.in(random.normals(inputs, type, 4 / std::sqrt(inputs)));
+    const Buffer product = poisoned(bench.backend, 2 * std::int64_t{width}, type);
+    const Buffer together = poisoned(bench.backend, width, type);
+    const Buffer apart = poisoned(bench.backend, width, type);
+    LinearParams params{
+        .weight = &weight, .tokens = 1, .x = x.data(), .y = together.data(), .gated = true};
+    if (!linear_fuses(bench.backend, params)) GTEST_SKIP() << "calls swiglu() behind it";
+    must(linear(bench.backend, params, {}));
+    params.gated = false;
+    params.y = product.data();
+    must(linear(bench.backend, params, {}));
+    must(swiglu(bench.backend,
+                {.tokens = 1, .width = width, .x = product.data(), .y = apart.data()}));
+    EXPECT_EQ(bench.out(together, static_cast<std::size_t>(width)),
+              bench.out(apart, static_cast<std::size_t>(width)))
+        << inputs << " inputs";
+  }
+}
+
+TEST_P(LinearTest, RefusesToFuseWhatItCannot) {
+  const Bench bench(open(GetParam()));
+  const std::vector<float> w(8 * 7, 1);
+  const TensorView part = TensorView::matrix(w.data(), DType::kF32, 7, 8);
+  const LinearWeight weight = must(pack_linear(bench.backend, {&part, 1}, WeightFormat::kBF16));
+  const Buffer x = bench.in(std::vector<double>(8, 1));
+  const Buffer y = bench.in(std::vector<double>(7, 1));
+  const LinearParams params{
+      .weight = &weight, .tokens = 1, .x = x.data(), .y = y.data(), .gated = true};
+  EXPECT_FALSE(linear_fuses(bench.backend, params)) << "7 outputs make no pairs";
+  EXPECT_THAT(message_of(linear(bench.backend, params, {})), HasSubstr("1 x 8 to 7 numbers"));
 }
 
 INSTANTIATE_TEST_SUITE_P(Backends, LinearTest, ::testing::ValuesIn(kernel_backends()), backend_id);

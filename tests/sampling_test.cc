@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <numeric>
 
@@ -33,17 +34,19 @@ class TopLogitsTest : public ::testing::TestWithParam<std::string> {
     const Buffer logits = upload(backend_, values, backend_.kernels->activation);
     const Buffer heat = must(allocate(backend_, temperatures.size() * sizeof(float)));
     must(copy_in(backend_, heat.data(), temperatures.data(), heat.bytes()));
-    const std::vector<std::byte> nan(temperatures.size() * sizeof(TopLogits), std::byte{0xff});
-    const Buffer out = must(allocate(backend_, nan.size()));
-    must(copy_in(backend_, out.data(), nan.data(), nan.size()));
-    must(top_logits(backend_, {.rows = rows,
-                               .vocabulary = width,
-                               .logits = logits.data(),
-                               .temperatures = heat.as<float>(),
-                               .out = out.as<TopLogits>()}));
-    std::vector<TopLogits> result(temperatures.size());
-    must(copy_out(backend_, result.data(), out.data(), out.bytes()));
-    return result;
+    const Buffer out = must(allocate_visible(backend_, temperatures.size() * sizeof(TopLogits)));
+    std::memset(out.data(), 0xff, out.bytes());
+    const TopLogitsParams params{.rows = rows,
+                                 .vocabulary = width,
+                                 .logits = logits.data(),
+                                 .temperatures = heat.as<float>(),
+                                 .out = out.as<TopLogits>()};
+    const auto bytes = static_cast<std::int64_t>(top_logits_workspace_bytes(backend_, params));
+    const Buffer workspace = poisoned(backend_, bytes / 4, DType::kF32);
+    must(top_logits(backend_, params, {workspace.data(), workspace.bytes()}));
+    must(synchronize(backend_));
+    const auto* const result = out.as<const TopLogits>();
+    return {result, result + rows};
   }
 
   void expect_row(const TopLogits& got, std::span<const double> row, float temperature) {
@@ -127,11 +130,12 @@ INSTANTIATE_TEST_SUITE_P(Columns, TopLogitsTest, ::testing::ValuesIn(kernel_back
 
 TEST(TopLogits, RefusesWhatCannotWork) {
   const Backend backend = open("reference");
-  EXPECT_THAT(message_of(top_logits(backend, {.rows = -1, .vocabulary = 5})), HasSubstr("-1 rows"));
-  EXPECT_THAT(message_of(top_logits(backend, {.rows = 1, .vocabulary = 0})), HasSubstr("of 0"));
-  EXPECT_THAT(message_of(top_logits(backend, {.rows = 1, .vocabulary = 5})),
+  EXPECT_THAT(message_of(top_logits(backend, {.rows = -1, .vocabulary = 5}, {})),
+              HasSubstr("-1 rows"));
+  EXPECT_THAT(message_of(top_logits(backend, {.rows = 1, .vocabulary = 0}, {})), HasSubstr("of 0"));
+  EXPECT_THAT(message_of(top_logits(backend, {.rows = 1, .vocabulary = 5}, {})),
               HasSubstr("logits is null"));
-  EXPECT_TRUE(top_logits(backend, {.rows = 0, .vocabulary = 5}).ok());
+  EXPECT_TRUE(top_logits(backend, {.rows = 0, .vocabulary = 5}, {}).ok());
 }
 
 }  // namespace

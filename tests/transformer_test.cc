@@ -45,6 +45,34 @@ TEST_P(TransformerTest, RmsNorm) {
   }
 }
 
+// However a column shares rows out: many at a time give what a few give.
+TEST_P(TransformerTest, RmsNormOfARowIsItsOwn) {
+  const Bench bench(open(GetParam()));
+  if (bench.backend.kernels->rms_norm.run == nullptr) GTEST_SKIP() << "no rms_norm";
+  const DType type = bench.backend.kernels->activation;
+  const std::int64_t tokens = 2201;
+  for (const std::int64_t width : {77, 96, 4104}) {
+    Random random(static_cast<std::uint64_t>(width));
+    const std::vector<float> scales(static_cast<std::size_t>(width), 0.75f);
+    const Buffer weight = bench.floats(scales);
+    const Buffer x = bench.in(random.normals(tokens * width, type));
+    const auto normed = [&](std::int64_t at_once) {
+      const Buffer y = poisoned(bench.backend, tokens * width, type);
+      for (std::int64_t first = 0; first < tokens; first += at_once) {
+        const std::int64_t offset = first * width * size_of(type);
+        must(rms_norm(bench.backend, {.tokens = std::min(at_once, tokens - first),
+                                      .width = width,
+                                      .x = x.data() + offset,
+                                      .weight = weight.data(),
+                                      .epsilon = 1e-5f,
+                                      .y = y.data() + offset}));
+      }
+      return bench.out(y, static_cast<std::size_t>(tokens * width));
+    };
+    EXPECT_EQ(normed(tokens), normed(500)) << width << " numbers a row";
+  }
+}
+
 TEST_P(TransformerTest, Rope) {
   if (open(GetParam(), 1).kernels->rope.run == nullptr) GTEST_SKIP() << "no rope";
   for (const std::int32_t dim : {2, 64, 80, 128}) {

@@ -123,7 +123,7 @@ Status Plan::build(std::span<const Work> work, const ModeRule& rule, const KvPoo
   token_ids_ = base + at.token_ids;
   positions_ = base + at.positions;
   lengths_ = base + at.lengths;
-  logit_rows_ = base + at.logit_rows;
+  logit_rows_ = num_logits_ < batch.num_tokens ? base + at.logit_rows : nullptr;
   temperatures_ = reinterpret_cast<const float*>(base + at.temperatures);
   return {};
 }

@@ -50,11 +50,12 @@ class Plan {
 
   const Batch& batch() const { return batch_; }
   // All in the backend's memory.
-  const std::int32_t* token_ids() const { return token_ids_; }    // [T]
-  const std::int32_t* positions() const { return positions_; }    // [T]
-  const std::int32_t* lengths() const { return lengths_; }        // [T] ForwardParams::lengths
-  const std::int32_t* logit_rows() const { return logit_rows_; }  // [R]
-  const float* temperatures() const { return temperatures_; }     // [R]
+  const std::int32_t* token_ids() const { return token_ids_; }  // [T]
+  const std::int32_t* positions() const { return positions_; }  // [T]
+  const std::int32_t* lengths() const { return lengths_; }      // [T] ForwardParams::lengths
+  // [R]; null: every token.
+  const std::int32_t* logit_rows() const { return logit_rows_; }
+  const float* temperatures() const { return temperatures_; }  // [R]
 
   std::int32_t num_logits() const { return num_logits_; }    // R
   const std::vector<Mode>& modes() const { return modes_; }  // of each item of work

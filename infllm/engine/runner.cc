@@ -11,14 +11,16 @@ namespace {
 
 bool has_best(const Backend& backend) { return backend.kernels->top_logits.run != nullptr; }
 
-std::size_t best_bytes(const Backend& backend, std::int32_t rows) {
-  return has_best(backend) ? static_cast<std::size_t>(rows) * sizeof(TopLogits) : 0;
+std::size_t ranking_bytes(const Backend& backend, const model::Model& model, std::int32_t rows) {
+  return top_logits_workspace_bytes(backend,
+                                    {.rows = rows, .vocabulary = model.config().vocab_size});
 }
 
 }  // namespace
 
 std::int64_t Runner::logits_bytes(const model::Model& model, std::int32_t rows) {
-  return static_cast<std::int64_t>(model.logits_bytes(rows) + best_bytes(model.backend(), rows));
+  return static_cast<std::int64_t>(model.logits_bytes(rows) +
+                                   ranking_bytes(model.backend(), model, rows));
 }
 
 Result<Runner> Runner::create(const model::Model& model, const KvPool& pool,
@@ -29,7 +31,10 @@ Result<Runner> Runner::create(const model::Model& model, const KvPool& pool,
   runner.workspace_ = INFLLM_TRY(allocate(backend, model.workspace_bytes(limits)));
   runner.logits_ = INFLLM_TRY(allocate(backend, model.logits_bytes(limits.max_logits)));
   if (has_best(backend)) {
-    runner.best_ = INFLLM_TRY(allocate(backend, best_bytes(backend, limits.max_logits)));
+    runner.best_ = INFLLM_TRY(
+        allocate_visible(backend, static_cast<std::size_t>(limits.max_logits) * sizeof(TopLogits)));
+    runner.ranking_ =
+        INFLLM_TRY(allocate(backend, ranking_bytes(backend, model, limits.max_logits)));
   }
   runner.host_logits_.resize(static_cast<std::size_t>(model.config().vocab_size));
   return runner;
@@ -49,17 +54,18 @@ Status Runner::start(const Plan& plan, model::ForwardTimes* times,
                               .times = times,
                               .observer = observer}));
   if (best_.data() == nullptr) return {};
-  return top_logits(model_->backend(), {.rows = plan.num_logits(),
-                                        .vocabulary = model_->config().vocab_size,
-                                        .logits = logits_.data(),
-                                        .temperatures = plan.temperatures(),
-                                        .out = best_.as<TopLogits>()});
+  return top_logits(model_->backend(),
+                    {.rows = plan.num_logits(),
+                     .vocabulary = model_->config().vocab_size,
+                     .logits = logits_.data(),
+                     .temperatures = plan.temperatures(),
+                     .out = best_.as<TopLogits>()},
+                    {ranking_.data(), ranking_.bytes()});
 }
 
 Status Runner::run(const Plan& plan, model::ForwardTimes* times,
                    const model::AttentionObserver* observer) {
   rows_ = plan.num_logits();
-  has_host_best_ = false;
   if (!plan.repeatable() || times != nullptr || observer != nullptr) {
     return start(plan, times, observer);
   }
@@ -84,13 +90,8 @@ std::int64_t Runner::recorded() const {
 Result<const TopLogits*> Runner::best(std::int32_t row) {
   INFLLM_CHECK(0 <= row && row < rows_, "a row that the step has not");
   if (best_.data() == nullptr) return static_cast<const TopLogits*>(nullptr);
-  if (!has_host_best_) {
-    host_best_.resize(static_cast<std::size_t>(rows_));
-    INFLLM_TRY(copy_out(model_->backend(), host_best_.data(), best_.data(),
-                        host_best_.size() * sizeof(TopLogits)));
-    has_host_best_ = true;
-  }
-  return &std::as_const(host_best_)[static_cast<std::size_t>(row)];
+  INFLLM_TRY(synchronize(model_->backend()));
+  return best_.as<const TopLogits>() + row;
 }
 
 Result<std::span<const float>> Runner::logits(std::int32_t row) {

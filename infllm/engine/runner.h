@@ -29,7 +29,7 @@ class Runner {
   // Keeps a reference to the model. The pool's memory must outlive the runner.
   static Result<Runner> create(const model::Model& model, const KvPool& pool,
                                const model::StepLimits& limits);
-  // What create() would allocate beside the workspace.
+  // What create() would allocate of the backend's memory beside the workspace.
   static std::int64_t logits_bytes(const model::Model& model, std::int32_t rows);
 
   // With `times`, part by part and waiting for each. A recorded step has no parts, so asking for
@@ -37,7 +37,8 @@ class Runner {
   Status run(const Plan& plan, model::ForwardTimes* times = nullptr,
              const model::AttentionObserver* observer = nullptr);
 
-  // Of row `row` of the last step's logits. Both are valid until the next call of the same name.
+  // Of row `row` of the last step's logits. Valid until the next run(), logits also only until the
+  // next call.
   Result<const TopLogits*> best(std::int32_t row);
   Result<std::span<const float>> logits(std::int32_t row);
 
@@ -56,12 +57,11 @@ class Runner {
 
   const model::Model* model_;
   std::vector<KvPages> layers_;
-  Buffer workspace_, logits_, best_;
+  Buffer workspace_, logits_, ranking_;
+  Buffer best_;  // [R] visible; empty: the backend has no such step
   std::map<std::pair<std::int32_t, bool>, Recording> recordings_;
-  std::int32_t rows_ = 0;             // of the last step
-  bool has_host_best_ = false;        // of the last step
-  std::vector<TopLogits> host_best_;  // [R]
-  std::vector<float> host_logits_;    // [V]
+  std::int32_t rows_ = 0;           // of the last step
+  std::vector<float> host_logits_;  // [V]
 };
 
 }  // namespace infllm::engine

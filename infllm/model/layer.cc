@@ -8,7 +8,7 @@ Status normed_linear(const Step& step, const Buffer& norm, LinearParams params, 
   LinearParams together = params;
   together.norm = norm.data();
   together.epsilon = step.config.rms_norm_eps;
-  if (linear_normalises(step.backend, together)) {
+  if (linear_fuses(step.backend, together)) {
     return timed(step, part, [&] { return linear(step.backend, together, step.workspace); });
   }
   INFLLM_TRY(timed(step, &ForwardTimes::norm, [&] {

@@ -8,17 +8,31 @@ Status mlp_layer(const Step& step, const LayerWeights& weights) {
   const Backend& backend = step.backend;
   const std::int64_t tokens = step.batch.num_tokens;
 
-  INFLLM_TRY(normed_linear(step, weights.mlp_norm,
-                           {.weight = &weights.gate_up,
-                            .tokens = tokens,
-                            .x = step.at(step.plan.hidden),
-                            .y = step.at(step.plan.gate_up)},
-                           step.at(step.plan.normed), &ForwardTimes::mlp));
-  return timed(step, &ForwardTimes::mlp, [&]() -> Status {
-    INFLLM_TRY(swiglu(backend, {.tokens = tokens,
-                                .width = c.intermediate_size,
-                                .x = step.at(step.plan.gate_up),
-                                .y = step.at(step.plan.gated)}));
+  const LinearParams together{.weight = &weights.gate_up,
+                              .tokens = tokens,
+                              .x = step.at(step.plan.hidden),
+                              .y = step.at(step.plan.gated),
+                              .norm = weights.mlp_norm.data(),
+                              .epsilon = c.rms_norm_eps,
+                              .gated = true};
+  if (linear_fuses(backend, together)) {
+    INFLLM_TRY(
+        timed(step, &ForwardTimes::mlp, [&] { return linear(backend, together, step.workspace); }));
+  } else {
+    INFLLM_TRY(normed_linear(step, weights.mlp_norm,
+                             {.weight = &weights.gate_up,
+                              .tokens = tokens,
+                              .x = step.at(step.plan.hidden),
+                              .y = step.at(step.plan.gate_up)},
+                             step.at(step.plan.normed), &ForwardTimes::mlp));
+    INFLLM_TRY(timed(step, &ForwardTimes::mlp, [&] {
+      return swiglu(backend, {.tokens = tokens,
+                              .width = c.intermediate_size,
+                              .x = step.at(step.plan.gate_up),
+                              .y = step.at(step.plan.gated)});
+    }));
+  }
+  return timed(step, &ForwardTimes::mlp, [&] {
     return linear(backend,
                   {.weight = &weights.down,
                    .tokens = tokens,

@@ -29,8 +29,14 @@ Status check_forward(const ForwardParams& p, const ModelConfig& config) {
   if (p.batch.num_tokens > 0 && (p.token_ids == nullptr || p.positions == nullptr)) {
     return invalid_argument("forward: token_ids or positions is null, expected arrays");
   }
-  if (p.num_logits > 0 && (p.logit_rows == nullptr || p.logits == nullptr)) {
-    return invalid_argument("forward: logit_rows or logits is null, expected arrays");
+  if (p.num_logits > 0 && p.logits == nullptr) {
+    return invalid_argument("forward: logits is null, expected an array");
+  }
+  if (p.num_logits > 0 && p.logit_rows == nullptr && p.num_logits != p.batch.num_tokens) {
+    return invalid_argument(fmt::format(
+        "forward: logit_rows is null, which means each of {} tokens, but {} rows of logits are "
+        "asked for",
+        p.batch.num_tokens, p.num_logits));
   }
   return {};
 }
@@ -59,22 +65,25 @@ AttentionParams observed(const Step& step, const KvPages& pages) {
   return params;
 }
 
-// Logits of the picked rows: gather first, so that a long prompt normalises one row.
+// Logits of the picked rows: gather first, so that a long prompt normalises one row. A decoding
+// step wants every row, as it is.
 Status head(const Step& step, const Weights& weights, const ForwardParams& p) {
   const ModelConfig& c = step.config;
   void* picked = step.at(step.plan.picked);
-  INFLLM_TRY(timed(step, &ForwardTimes::head, [&] {
-    return gather(step.backend, {.count = p.num_logits,
-                                 .width = c.hidden_size,
-                                 .row_stride = c.hidden_size,
-                                 .rows = p.logit_rows,
-                                 .x = step.at(step.plan.hidden),
-                                 .y = picked});
-  }));
+  if (p.logit_rows != nullptr) {
+    INFLLM_TRY(timed(step, &ForwardTimes::head, [&] {
+      return gather(step.backend, {.count = p.num_logits,
+                                   .width = c.hidden_size,
+                                   .row_stride = c.hidden_size,
+                                   .rows = p.logit_rows,
+                                   .x = step.at(step.plan.hidden),
+                                   .y = picked});
+    }));
+  }
   return normed_linear(step, weights.final_norm,
                        {.weight = &weights.head,
                         .tokens = p.num_logits,
-                        .x = picked,
+                        .x = p.logit_rows != nullptr ? picked : step.at(step.plan.hidden),
                         .y = p.logits,
                         .alpha = c.logit_scale()},
                        picked, &ForwardTimes::head);

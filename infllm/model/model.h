@@ -58,12 +58,13 @@ struct ForwardParams {
   // [T] backend's memory: tokens of the sequence this token belongs to, its whole prompt counted
   // while that is being prefilled. Chooses LongRoPE's factors. Null: position + 1.
   const std::int32_t* lengths = nullptr;
-  std::span<const KvPages> pages;            // one per layer, layout kv_layout()
-  const std::int32_t* logit_rows = nullptr;  // [R] backend's memory: packed tokens that need logits
-  std::int32_t num_logits = 0;               // R; 0: none (a chunk that is not the prompt's last)
-  void* logits = nullptr;                    // [R, V] activation type
-  std::span<std::byte> workspace;            // at least workspace_bytes(batch, R)
-  ForwardTimes* times = nullptr;             // may be null
+  std::span<const KvPages> pages;  // one per layer, layout kv_layout()
+  // [R] backend's memory: packed tokens that need logits. Null: every token, R = T.
+  const std::int32_t* logit_rows = nullptr;
+  std::int32_t num_logits = 0;     // R; 0: none (a chunk that is not the prompt's last)
+  void* logits = nullptr;          // [R, V] activation type
+  std::span<std::byte> workspace;  // at least workspace_bytes(batch, R)
+  ForwardTimes* times = nullptr;   // may be null
   const AttentionObserver* observer = nullptr;  // may be null
 };
 

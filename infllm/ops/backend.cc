@@ -11,6 +11,11 @@ Result<Buffer> allocate(const Backend& backend, std::size_t bytes) {
   return backend.kernels->allocate(backend, bytes);
 }
 
+Result<Buffer> allocate_visible(const Backend& backend, std::size_t bytes) {
+  const auto own = backend.kernels->allocate_visible;
+  return own != nullptr ? own(backend, bytes) : allocate(backend, bytes);
+}
+
 Status copy_in(const Backend& backend, void* device, const void* host, std::size_t bytes) {
   return backend.kernels->copy_in(backend, device, host, bytes);
 }

@@ -45,8 +45,11 @@ class Buffer {
 
 // Uninitialised memory, aligned to 64 bytes; kResourceExhausted says how much was asked for.
 Result<Buffer> allocate(const Backend& backend, std::size_t bytes);
+// Memory for the little that a step hands to the host, who reads it after synchronize() without a
+// copy. Steps may read it, too, but slowly. On host backends it is memory like any other.
+Result<Buffer> allocate_visible(const Backend& backend, std::size_t bytes);
 // Both are in order with the steps. The host memory may be used again when they return; after
-// copy_out() everything that ran before it is done.
+// copy_out() everything that ran before it is done. copy_in() takes memory of the backend, too.
 Status copy_in(const Backend& backend, void* device, const void* host, std::size_t bytes);
 Status copy_out(const Backend& backend, void* host, const void* device, std::size_t bytes);
 

@@ -41,6 +41,7 @@ struct Kernels {
 
   // Memory.
   Result<Buffer> (*allocate)(const Backend&, std::size_t bytes) = nullptr;
+  Result<Buffer> (*allocate_visible)(const Backend&, std::size_t bytes) = nullptr;  // null on hosts
   Status (*copy_in)(const Backend&, void* device, const void* host, std::size_t) = nullptr;
   Status (*copy_out)(const Backend&, void* host, const void* device, std::size_t) = nullptr;
 
@@ -71,7 +72,7 @@ struct Kernels {
   // Plumbing.
   Result<LinearWeight> (*pack_linear)(const Backend&, std::span<const TensorView> parts,
                                       WeightFormat, std::int32_t group_size) = nullptr;
-  Cell<LinearParams> linear;  // what it covers it can normalise first
+  Cell<LinearParams> linear;  // covers: linear_fuses()
   Result<EmbeddingTable> (*upload_table)(const Backend&, const TensorView&) = nullptr;
   Cell<EmbedParams> embed;
   Cell<RmsNormParams> rms_norm;

@@ -7,7 +7,7 @@
 //                  what share of the probability it sees; 0 when the temperature is 0
 //
 //   top_logits(backend, {.rows = 2, .vocabulary = V, .logits = logits, .temperatures = t,
-//                        .out = out});
+//                        .out = out}, workspace);
 //
 // Minus infinity forbids a token: it is never among the best. A NaN or plus infinity makes the row
 // worthless; `broken` then names such a token. `weight` is computed in float32, good to 1e-5 of its
@@ -44,6 +44,8 @@ struct TopLogitsParams {
   TopLogits* out = nullptr;             // [rows] backend's memory
 };
 
-Status top_logits(const Backend& backend, const TopLogitsParams& params);
+Status top_logits(const Backend& backend, const TopLogitsParams& params,
+                  std::span<std::byte> workspace);
+std::size_t top_logits_workspace_bytes(const Backend& backend, const TopLogitsParams& params);
 
 }  // namespace infllm

@@ -101,7 +101,7 @@ Status quantize_int8(const TensorView& matrix, std::int32_t group_size, std::int
   return {};
 }
 
-bool linear_normalises(const Backend& backend, const LinearParams& params) {
+bool linear_fuses(const Backend& backend, const LinearParams& params) {
   const Cell<LinearParams>& cell = backend.kernels->linear;
   return cell.covers != nullptr && cell.covers(backend, params);
 }
@@ -119,10 +119,11 @@ Status linear(const Backend& backend, const LinearParams& params, std::span<std:
   if (params.tokens == 0) return {};
   INFLLM_TRY(check_pointer("linear", "x", params.x));
   INFLLM_TRY(check_pointer("linear", "y", params.y));
-  if (params.norm != nullptr && !linear_normalises(backend, params)) {
+  if ((params.norm != nullptr || params.gated) && !linear_fuses(backend, params)) {
     return unsupported(fmt::format(
-        "linear: \"{}\" does not normalise {} rows of {} numbers on the way; call rms_norm() first",
-        backend.name, params.tokens, params.weight->inputs));
+        "linear: \"{}\" has no rms_norm() or swiglu() on the way of {} x {} to {} numbers; call "
+        "them apart",
+        backend.name, params.tokens, params.weight->inputs, params.weight->outputs));
   }
   return run_cell("linear", backend, backend.kernels->linear, params, workspace);
 }

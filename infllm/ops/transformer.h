@@ -53,11 +53,15 @@ struct LinearParams {
   void* y = nullptr;
   float alpha = 1;
   bool accumulate = false;
-  // Where linear_normalises(): x goes through rms_norm() first, with these weights.
+  // Neighbours of a product that some columns take into it, where linear_fuses(). x goes through
+  // rms_norm() first, with these weights:
   const void* norm = nullptr;  // [inputs] accumulate type; null: x as it is
   float epsilon = 0;
+  // The product goes through swiglu() afterwards: y is [T, outputs / 2]. Not with accumulate.
+  bool gated = false;
 };
-bool linear_normalises(const Backend& backend, const LinearParams& params);
+// Whether linear() does what the parameters ask for beside the product.
+bool linear_fuses(const Backend& backend, const LinearParams& params);
 Status linear(const Backend& backend, const LinearParams& params, std::span<std::byte> workspace);
 std::size_t linear_workspace_bytes(const Backend& backend, const LinearParams& params);
 

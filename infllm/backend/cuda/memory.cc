@@ -19,15 +19,13 @@ Status check_not_recording(const Device& device, std::string_view what) {
       fmt::format("{}: inside record(); allocate and copy before it, or after replay()", what));
 }
 
-// Page-locked host memory is read by the device when the copy's turn comes, after the call
-// returned.
-bool is_page_locked(const void* host) {
+cudaMemoryType type_of(const void* memory) {
   cudaPointerAttributes attributes{};
-  if (cudaPointerGetAttributes(&attributes, host) != cudaSuccess) {
+  if (cudaPointerGetAttributes(&attributes, memory) != cudaSuccess) {
     static_cast<void>(cudaGetLastError());
-    return false;
+    return cudaMemoryTypeUnregistered;
   }
-  return attributes.type == cudaMemoryTypeHost;
+  return attributes.type;
 }
 
 }  // namespace
@@ -56,14 +54,33 @@ Result<Buffer> allocate(const Backend& backend, std::size_t bytes) {
                 bytes);
 }
 
+Result<Buffer> allocate_visible(const Backend& backend, std::size_t bytes) {
+  const Device& device = device_of(backend);
+  INFLLM_TRY(check_not_recording(device, "allocate_visible"));
+  // Mapped into the device's addresses under the same pointer, on every 64-bit system.
+  void* data = nullptr;
+  INFLLM_TRY(to_status("allocate_visible",
+                       cudaHostAlloc(&data, bytes == 0 ? 1 : bytes, cudaHostAllocMapped)));
+  const int ordinal = device.ordinal;
+  return Buffer(std::shared_ptr<std::byte>(static_cast<std::byte*>(data),
+                                           [ordinal](std::byte* memory) {
+                                             cudaSetDevice(ordinal);
+                                             cudaFreeHost(memory);
+                                           }),
+                bytes);
+}
+
 Status copy_in(const Backend& backend, void* to, const void* host, std::size_t bytes) {
   if (bytes == 0) return {};
   const Device& device = device_of(backend);
   INFLLM_TRY(check_not_recording(device, "copy_in"));
-  // Of pageable memory the call itself takes a copy before it returns.
-  INFLLM_TRY(to_status("copy_in",
-                       cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, device.stream)));
-  return is_page_locked(host) ? cuda::synchronize(backend) : Status();
+  const cudaMemoryType type = type_of(host);
+  const cudaMemcpyKind kind =
+      type == cudaMemoryTypeDevice ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice;
+  INFLLM_TRY(to_status("copy_in", cudaMemcpyAsync(to, host, bytes, kind, device.stream)));
+  // Of pageable memory the call itself takes a copy before it returns. Page-locked memory is read
+  // by the device when the copy's turn comes, after the call returned.
+  return type == cudaMemoryTypeHost ? cuda::synchronize(backend) : Status();
 }
 
 Status copy_out(const Backend& backend, void* host, const void* from, std::size_t bytes) {

@@ -8,6 +8,7 @@
 namespace infllm::cuda {
 
 Result<Buffer> allocate(const Backend& backend, std::size_t bytes);
+Result<Buffer> allocate_visible(const Backend& backend, std::size_t bytes);
 Status copy_in(const Backend& backend, void* device, const void* host, std::size_t bytes);
 Status copy_out(const Backend& backend, void* host, const void* device, std::size_t bytes);
 Result<DeviceInfo> device_info(const Backend& backend);  // info.cc

@@ -87,8 +87,8 @@ Status hopper_linear(const Backend& backend, const LinearParams& p, Workspace wo
                                                 : cuda::linear(backend, p, workspace);
 }
 
-bool hopper_normalises(const Backend&, const LinearParams& p) {
-  return sm90::normalises(p) && is_aligned(p.x);
+bool hopper_fuses(const Backend&, const LinearParams& p) {
+  return sm90::fuses(p) && is_aligned(p.x);
 }
 
 std::size_t hopper_linear_bytes(const Backend& backend, const LinearParams& p) {
@@ -103,6 +103,7 @@ Kernels general() {
       .activation = kType,
       .accumulate = DType::kF32,
       .allocate = &allocate,
+      .allocate_visible = &allocate_visible,
       .copy_in = &copy_in,
       .copy_out = &copy_out,
       .device_info = &device_info,
@@ -132,7 +133,7 @@ Kernels general() {
       .rope_append = {&rope_append, nullptr, &rope_append_pools},
       .swiglu = {&swiglu},
       .gather = {&gather},
-      .top_logits = {&top_logits},
+      .top_logits = {&top_logits, &top_logits_bytes},
   };
 }
 
@@ -145,7 +146,7 @@ Kernels hopper() {
   table.attend = {&hopper_attend, &hopper_attend_bytes};
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
   table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
-  table.linear = {&hopper_linear, &hopper_linear_bytes, &hopper_normalises};
+  table.linear = {&hopper_linear, &hopper_linear_bytes, &hopper_fuses};
   return table;
 }
 

@@ -34,7 +34,8 @@ Status rope_append(const Backend& backend, const RopeAppendParams& params, Works
 bool rope_append_pools(const Backend& backend, const RopeAppendParams& params);
 
 // sampling.cu
-Status top_logits(const Backend& backend, const TopLogitsParams& params, Workspace);
+Status top_logits(const Backend& backend, const TopLogitsParams& params, Workspace workspace);
+std::size_t top_logits_bytes(const Backend& backend, const TopLogitsParams& params);
 
 // linear.cc
 Result<LinearWeight> pack_linear(const Backend& backend, std::span<const TensorView> parts,

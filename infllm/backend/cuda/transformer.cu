@@ -52,67 +52,103 @@ __global__ void embed_kernel(const T* table, std::int64_t vocabulary, std::int64
   put<kPer>(y + token * width + column, x);
 }
 
-// The sum of every thread's value, for every thread.
-__device__ float block_sum(float value) {
-  __shared__ float of_warp[32];
+constexpr int kNormThreads = 512;
+constexpr int kNormRows = 4;    // of a block, when there are many
+constexpr int kNormBlocks = 4;  // that a multiprocessor holds
+
+// The sums of every thread's values, for every thread.
+template <int kRows>
+__device__ void block_sum(float (&values)[kRows]) {
+  __shared__ float of_warp[kNormThreads / 32][kRows];
 #pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffff, value, lane);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  for (float& value : values) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffff, value, lane);
+  }
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) of_warp[threadIdx.x / 32][r] = values[r];
+  }
   __syncthreads();
-  float sum = 0;
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += of_warp[warp];
-  return sum;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    values[r] = 0;
+#pragma unroll
+    for (int warp = 0; warp < kNormThreads / 32; ++warp) values[r] += of_warp[warp][r];
+  }
 }
 
-constexpr int kNormThreads = 512;
-constexpr int kNormHeld = 2;  // vectors of a row that a thread keeps between its two passes
-
-// A block a row. y may be x: a thread writes only what it has read.
-template <typename T, int kPer>
+// A block kRows rows, of which each thread keeps the first kPer numbers between the two passes. The
+// more rows, the more reads are under way at a time, and the fewer of the weights. A row's sum is
+// added up in the same order whatever kRows. y may be x: a thread writes only what it has read.
+template <typename T, int kPer, int kRows>
 __global__ void __launch_bounds__(kNormThreads)
-    rms_norm_kernel(const T* x, const float* weight, std::int64_t width, float epsilon, T* y) {
+    rms_norm_kernel(const T* x, const float* weight, std::int64_t tokens, std::int64_t width,
+                    float epsilon, T* y) {
   start_next();
   // Weights that were last used a step ago come from memory, which may be busy with other weights.
   if (kPer == kVector && blockIdx.x == 0 && threadIdx.x == 0) {
     prefetch(weight, static_cast<int>(width * sizeof(float)));
   }
   wait_for_previous();
-  const T* row = x + blockIdx.x * width;
-  float held[kNormHeld][kPer];
-  float squares = 0;
+  const std::int64_t first = std::int64_t{blockIdx.x} * kRows;
+  const std::int64_t begin = std::int64_t{threadIdx.x} * kPer;
+  constexpr std::int64_t kStride = std::int64_t{kNormThreads} * kPer;
+  // Behind the last row the last one is computed again, and not written.
+  const T* rows[kRows];
 #pragma unroll
-  for (int i = 0; i < kNormHeld; ++i) {
-    const std::int64_t column = (i * kNormThreads + std::int64_t{threadIdx.x}) * kPer;
-    if (column >= width) break;
-    get<kPer>(row + column, held[i]);
-#pragma unroll
-    for (int k = 0; k < kPer; ++k) squares += held[i][k] * held[i][k];
-  }
-  const std::int64_t rest = std::int64_t{kNormHeld} * kNormThreads * kPer;
-  for (std::int64_t column = rest + threadIdx.x * kPer; column < width;
-       column += kNormThreads * kPer) {
-    float more[kPer];
-    get<kPer>(row + column, more);
-#pragma unroll
-    for (int k = 0; k < kPer; ++k) squares += more[k] * more[k];
-  }
-  const float scale = 1 / sqrtf(block_sum(squares) / static_cast<float>(width) + epsilon);
+  for (int r = 0; r < kRows; ++r) rows[r] = x + min(first + r, tokens - 1) * width;
 
-  const auto finish = [&](std::int64_t column, float(&values)[kPer]) {
+  float held[kRows][kPer];
+  float squares[kRows] = {};
+  if (begin < width) {
 #pragma unroll
-    for (int k = 0; k < kPer; ++k) values[k] = values[k] * scale * weight[column + k];
-    put<kPer>(y + blockIdx.x * width + column, values);
-  };
+    for (int r = 0; r < kRows; ++r) get<kPer>(rows[r] + begin, held[r]);
 #pragma unroll
-  for (int i = 0; i < kNormHeld; ++i) {
-    const std::int64_t column = (i * kNormThreads + std::int64_t{threadIdx.x}) * kPer;
-    if (column < width) finish(column, held[i]);
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (const float value : held[r]) squares[r] += value * value;
+    }
   }
-  for (std::int64_t column = rest + threadIdx.x * kPer; column < width;
-       column += kNormThreads * kPer) {
-    float more[kPer];
-    get<kPer>(row + column, more);
-    finish(column, more);
+  for (std::int64_t column = begin + kStride; column < width; column += kStride) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float more[kPer];
+      get<kPer>(rows[r] + column, more);
+#pragma unroll
+      for (const float value : more) squares[r] += value * value;
+    }
+  }
+  block_sum(squares);
+  float scale[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    scale[r] = 1 / sqrtf(squares[r] / static_cast<float>(width) + epsilon);
+  }
+
+  for (std::int64_t column = begin; column < width; column += kStride) {
+    alignas(16) float weights[kPer];
+    if constexpr (kPer == kVector) {
+      *reinterpret_cast<float4*>(weights) = *reinterpret_cast<const float4*>(weight + column);
+      *reinterpret_cast<float4*>(weights + 4) =
+          *reinterpret_cast<const float4*>(weight + column + 4);
+    } else {
+      weights[0] = weight[column];
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (first + r >= tokens) break;
+      float values[kPer];
+      if (column == begin) {
+#pragma unroll
+        for (int k = 0; k < kPer; ++k) values[k] = held[r][k];
+      } else {
+        get<kPer>(rows[r] + column, values);
+      }
+#pragma unroll
+      for (int k = 0; k < kPer; ++k) values[k] = values[k] * scale[r] * weights[k];
+      put<kPer>(y + (first + r) * width + column, values);
+    }
   }
 }
 
@@ -203,12 +239,20 @@ Status embed(const Backend& backend, const EmbedParams& p, Workspace) {
 
 Status rms_norm(const Backend& backend, const RmsNormParams& p, Workspace) {
   const Device& device = device_of(backend);
-  const bool vectors = is_vector_aligned(p.x, p.width) && is_vector_aligned(p.y);
+  const bool vectors =
+      is_vector_aligned(p.x, p.width) && is_vector_aligned(p.y) && is_vector_aligned(p.weight);
   return with_type(backend.kernels->activation, [&]<typename T>(T) {
     return with_width(vectors, [&]<int kPer>(std::integral_constant<int, kPer>) {
-      return launch(device, "rms_norm", rms_norm_kernel<T, kPer>, static_cast<unsigned>(p.tokens),
-                    kNormThreads, 0, static_cast<const T*>(p.x),
-                    static_cast<const float*>(p.weight), p.width, p.epsilon, static_cast<T*>(p.y));
+      const auto start = [&]<int kRows>(std::integral_constant<int, kRows>) {
+        return launch(device, "rms_norm", rms_norm_kernel<T, kPer, kRows>,
+                      static_cast<unsigned>((p.tokens + kRows - 1) / kRows), kNormThreads, 0,
+                      static_cast<const T*>(p.x), static_cast<const float*>(p.weight), p.tokens,
+                      p.width, p.epsilon, static_cast<T*>(p.y));
+      };
+      // Many rows together as soon as the device is full.
+      return p.tokens < kNormRows * kNormBlocks * device.sm_count
+                 ? start(std::integral_constant<int, 1>())
+                 : start(std::integral_constant<int, kNormRows>());
     });
   });
 }

@@ -5,7 +5,8 @@
 // threads hold x in registers, eight columns in kVectors places each, and turn a slot of rows at a
 // time into partial sums. Those of eight rows are folded over the lanes of a warp together: 9
 // exchanges where eight single rows would take 40. What the warps have left over is added up for 32
-// rows at a time by one warp.
+// rows at a time by one warp. With SwiGLU behind the product a block shares out pairs of rows, one
+// of the gate and one of what it opens, which come in turn, so that this warp has both.
 //
 // Weights depend on nothing, so the ring is filled before the kernel in front has ended: beside
 // attention, which leaves memory idle. The kernel behind is let in when the last copy has been
@@ -58,6 +59,7 @@ struct Product {
   int units;  // of 16 bytes in a row
   int row_bytes;
   int slot_rows;  // rows of a slot
+  int gates;      // rows of W that open others: the first half, or none
 };
 
 struct Shared {
@@ -68,21 +70,23 @@ struct Shared {
   float squares[kWarps];
 };
 
-// This block's rows of W.
+// This block's rows of W: those of its outputs, or two for each.
 struct Share {
   __device__ explicit Share(const Product& product) : p(product) {
+    const std::int64_t outputs = p.outputs - p.gates;
     const auto begin = [&](std::int64_t block) {
-      return static_cast<int>(block * p.outputs / static_cast<std::int64_t>(gridDim.x));
+      return static_cast<int>(block * outputs / static_cast<std::int64_t>(gridDim.x));
     };
     first = begin(blockIdx.x);
-    rows = begin(std::int64_t{blockIdx.x} + 1) - first;
+    rows = (begin(std::int64_t{blockIdx.x} + 1) - first) * (p.gates > 0 ? 2 : 1);
   }
   __device__ const std::byte* row(int r) const {
-    return p.weight + std::int64_t{first + r} * p.row_bytes;
+    const int of_weight = p.gates > 0 ? first + r / 2 + r % 2 * p.gates : first + r;
+    return p.weight + std::int64_t{of_weight} * p.row_bytes;
   }
 
   const Product& p;
-  int first;
+  int first;  // output
   int rows;
 };
 
@@ -178,6 +182,14 @@ __device__ void finish(const Share& share, int first, const float (&partial)[kBa
   float sum = 0;
 #pragma unroll
   for (const float of_warp : partial[lane]) sum += of_warp;
+  if (p.gates > 0) {  // both rounded as if they had been written
+    const float mine = to_float(to<T>(p.alpha * sum));
+    const float opened = __shfl_down_sync(0xffffffff, mine, 1);
+    if (lane % 2 != 0 || first + lane >= share.rows) return;
+    T* y = static_cast<T*>(p.y) + share.first;
+    y[(first + lane) / 2] = to<T>(mine / (1 + expf(-mine)) * opened);
+    return;
+  }
   if (first + lane >= share.rows) return;
   T* y = static_cast<T*>(p.y) + share.first;
   y[first + lane] = to<T>(p.beta != 0 ? p.alpha * sum + p.beta * before : p.alpha * sum);
@@ -284,8 +296,10 @@ bool multiplies(const LinearParams& p) {
          p.weight->inputs <= kMaxVectors * kConsumers * kVector;
 }
 
-bool normalises(const LinearParams& p) {
-  return multiplies(p) && p.weight->inputs <= kConsumers * kVector;
+bool fuses(const LinearParams& p) {
+  const bool normalises = p.norm == nullptr || p.weight->inputs <= kConsumers * kVector;
+  const bool gates = !p.gated || (p.weight->outputs % 2 == 0 && !p.accumulate);
+  return multiplies(p) && normalises && gates;
 }
 
 Status linear(const Backend& backend, const LinearParams& p, std::span<std::byte>) {
@@ -301,7 +315,8 @@ Status linear(const Backend& backend, const LinearParams& p, std::span<std::byte
                         .outputs = static_cast<int>(p.weight->outputs),
                         .units = units,
                         .row_bytes = static_cast<int>(p.weight->inputs * 2),
-                        .slot_rows = slot_rows(vectors_for(units))};
+                        .slot_rows = slot_rows(vectors_for(units)),
+                        .gates = p.gated ? static_cast<int>(p.weight->outputs / 2) : 0};
   return with_type(backend.kernels->activation, [&]<typename T>(T) {
     const auto kernel = linear_kernel<T>;
     INFLLM_TRY(to_status("linear",

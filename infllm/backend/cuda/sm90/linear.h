@@ -17,9 +17,9 @@ namespace infllm::cuda::sm90 {
 // too.
 bool multiplies(const LinearParams& params);
 
-// Whether linear() can take x through rms_norm() on the way. Every block does so for itself, which
-// is faster than to wait for another kernel.
-bool normalises(const LinearParams& params);
+// Whether linear() can take x through rms_norm() and the product through swiglu(), where they are
+// asked for. Every block normalises for itself, which is faster than to wait for another kernel.
+bool fuses(const LinearParams& params);
 
 Status linear(const Backend& backend, const LinearParams& params, std::span<std::byte> workspace);
 
