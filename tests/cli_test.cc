@@ -121,7 +121,7 @@ TEST_F(CliTest, HelpNamesNoOptionThatIsMissing) {
       const std::string option = help.substr(at + 1, end - at - 1);
       if (option == "--" || option == "--help") continue;
       const Outcome outcome = run({command, "/nowhere", option});
-      EXPECT_THAT(outcome.err, Not(HasSubstr("not expected"))) << command << " " << option;
+      EXPECT_THAT(outcome.err, Not(HasSubstr("no option"))) << command << " " << option;
     }
   }
 }
@@ -130,14 +130,20 @@ TEST_F(CliTest, VersionAndUsage) {
   EXPECT_THAT(run({"--version"}).out, StartsWith("infllm "));
   EXPECT_EQ(run({}).code, 2);
   EXPECT_EQ(run({}).out, "");
-  expect_refused({"frobnicate"}, 2, "frobnicate");
-  expect_refused({"run", kModel, "hi", "--frobnicate"}, 2, "--frobnicate");
+  expect_refused({"frobnicate"}, 2, "no command \"frobnicate\", expected one of: run, chat");
+  expect_refused({"run", kModel, "hi", "--frobnicate"}, 2, "no option --frobnicate");
+  expect_refused({"run", kModel, "hi", "there"}, 2, "\"there\" is one argument too many; put");
+  expect_refused({"eval", kModel, "a", "b"}, 2, "\"b\" is one argument too many");
   expect_refused({"run"}, 2, "no model given");
 }
 
 TEST_F(CliTest, InvalidValues) {
-  expect_refused({"run", kModel, "hi", "--top-p", "1.5"}, 2, "--top-p");
-  expect_refused({"run", kModel, "hi", "--temp", "warm"}, 2, "--temp");
+  expect_refused({"run", kModel, "hi", "--top-p", "1.5"}, 2,
+                 "--top-p: \"1.5\", expected a number from 0 to 1");
+  expect_refused({"run", kModel, "hi", "--temp", "warm"}, 2,
+                 "--temp: \"warm\", expected a number from 0 to 100");
+  expect_refused({"bench", kModel, "-p", "many"}, 2, "expected a whole number of at least 0");
+  expect_refused({"bench", kModel, "--jsonl", "/nowhere/x"}, 1, "/nowhere/x: cannot be written");
   expect_refused({"run", kModel, "hi", "--dtype", "float7"}, 2, "float7");
   expect_refused({"run", kModel, "hi", "--dtype", "int8:x"}, 2, "int8:32");
   expect_refused({"run", kModel, "hi", "--device", "abacus"}, 1, "abacus");
@@ -151,6 +157,8 @@ TEST_F(CliTest, InvalidValues) {
 TEST_F(CliTest, Prompts) {
   expect_refused({"run", kModel, "-f", "/nowhere/x.txt"}, 1, "/nowhere/x.txt");
   expect_refused({"run", kModel, "-f", "/tmp"}, 2, "folder");
+  expect_refused({"eval", kModel, "/tmp"}, 2, "/tmp: is a folder");
+  expect_refused({"run", kModel, "-f", write("nothing", "\n")}, 2, "nothing: the text is empty");
   expect_refused({"run", kModel}, 2, "empty", "  \n");
   expect_refused({"run", kModel, "--document", kModel + "/config.json"}, 2, "--question");
   expect_refused({"run", kModel, "hi", "-f", "x"}, 2, "twice");
@@ -315,8 +323,29 @@ TEST_F(CliTest, EvalCountsRightAnswers) {
   expect_refused({"eval", kModel, write("bad.jsonl", "{\"length\": 3}\n")}, 1, "bad.jsonl:1");
 }
 
+TEST_F(CliTest, QuestionsAskedTogetherAreAnsweredAsOneByOne) {
+  const std::string samples = INFLLM_SOURCE_DIR "/examples/needle/sample_cases.jsonl";
+  const auto scores = [&](const std::string& parallel) {
+    const fs::path file = folder_ / ("scores-" + parallel);
+    const Outcome outcome = run({"eval", kModel, samples, "--parallel", parallel, "-v", "--device",
+                                 "cpu", "--attention", "dense,sparse", "--jsonl", file});
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    std::vector<nlohmann::json> records;
+    std::istringstream lines(read(file));
+    for (std::string line; std::getline(lines, line);) {
+      records.push_back(nlohmann::json::parse(line));
+      records.back().erase("seconds");
+    }
+    return records;
+  };
+  const std::vector<nlohmann::json> one_by_one = scores("1");
+  EXPECT_EQ(one_by_one.size(), 8u);
+  EXPECT_EQ(scores("5"), one_by_one);
+  EXPECT_EQ(scores("16"), one_by_one);
+}
+
 TEST_F(CliTest, InterruptEndsTheAnswerWith130) {
-  const pid_t child = start({"run", kModel, "Hello", "--ignore-eos", "--temp", "0"}, "");
+  const pid_t child = start({"run", kModel, "Hello", "--ignore-eos", "-n", "30000"}, "");
   while (read(folder_ / "out").empty()) std::this_thread::sleep_for(std::chrono::milliseconds(20));
   kill(child, SIGINT);
   const Outcome outcome = wait(child);

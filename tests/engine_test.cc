@@ -8,6 +8,8 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <deque>
 #include <random>
 
 #include "infllm/backend/open.h"
@@ -140,6 +142,100 @@ TEST_F(EngineTest, CachedPrefixChangesNothing) {
   EXPECT_TRUE(has_reused);
 }
 
+// Questions about one document, asked together: the first computes it, the others wait for it and
+// borrow its pages, of which they copy what they will write.
+TEST_F(EngineTest, DocumentIsComputedOnceForQuestionsThatComeTogether) {
+  for (const std::int32_t length : {40, 100, 160, 220, 224}) {  // dense and sparse
+    for (const std::int32_t sequences : {2, 5}) {
+      // Room for one whole context and a little for each of the others: a page more or less to wait
+      // for, never a different text.
+      const auto engine = make({.context = 300,
+                                .max_sequences = sequences,
+                                .cache_tokens = 300 + (sequences - 1) * 80,
+                                .chunk_tokens = 48});
+      const std::vector<std::int32_t> document = prompt_of(length, 17);
+      std::vector<Request> requests;
+      std::vector<Completion> together(7);
+      for (std::uint32_t i = 0; i < together.size(); ++i) {
+        std::vector<std::int32_t> prompt = document;
+        prompt.push_back(static_cast<std::int32_t>(i));
+        for (const std::int32_t id : prompt_of(3 * i, i)) prompt.push_back(id);
+        requests.push_back(greedy(prompt, 10));
+        Request request = requests.back();
+        request.on_done = [&together, i](const Completion& done) { together[i] = done; };
+        ASSERT_TRUE(engine->submit(std::move(request)).ok());
+      }
+      while (!engine->idle()) ASSERT_TRUE(engine->step().ok());
+      for (std::size_t i = 0; i < together.size(); ++i) {
+        SCOPED_TRACE(fmt::format("{} tokens, {} at a time, question {}", length, sequences, i));
+        EXPECT_EQ(together[i].tokens, fresh(requests[i]).tokens);
+        EXPECT_EQ(together[i].timings.reused_tokens, i == 0 ? 0 : length);
+      }
+      expect_all_pages_back(*engine);
+    }
+  }
+}
+
+// Requests that share beginnings of every length come, run, end early and leave their caches to be
+// cut, lent on and evicted, in a cache that is too small for all.
+TEST_F(EngineTest, LentPagesChangeNothing) {
+  std::mt19937 random(11);
+  const std::vector<std::int32_t> base = prompt_of(260, 21);
+  const auto engine =
+      make({.context = 300, .max_sequences = 4, .cache_tokens = 700, .chunk_tokens = 64});
+  struct Turn {
+    Request request;
+    Completion done;
+    std::atomic<bool> cancelled = false;
+  };
+  std::deque<Turn> turns;
+  std::int32_t reused = 0;
+  for (int i = 0; i < 60; ++i) {
+    std::vector<std::int32_t> prompt(base.begin(), base.begin() + 1 + random() % base.size());
+    for (std::int32_t id : prompt_of(random() % 20, i % 7)) prompt.push_back(id);
+    Turn& turn = turns.emplace_back();
+    turn.request = greedy(prompt, static_cast<std::int32_t>(1 + random() % 14));
+    Request request = turn.request;
+    request.cancelled = &turn.cancelled;
+    request.on_done = [&turn](const Completion& done) { turn.done = done; };
+    ASSERT_TRUE(engine->submit(std::move(request)).ok());
+    for (std::uint32_t steps = random() % 5; steps > 0; --steps) ASSERT_TRUE(engine->step().ok());
+    if (random() % 6 == 0) turns[random() % turns.size()].cancelled = true;
+  }
+  while (!engine->idle()) ASSERT_TRUE(engine->step().ok());
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    const Completion& done = turns[i].done;
+    reused += done.timings.reused_tokens > 64 ? 1 : 0;
+    const std::vector<std::int32_t> alone = fresh(turns[i].request).tokens;
+    ASSERT_LE(done.tokens.size(), alone.size());
+    EXPECT_TRUE(done.reason == FinishReason::kCancelled || done.tokens.size() == alone.size());
+    EXPECT_TRUE(std::ranges::equal(done.tokens, std::span(alone).first(done.tokens.size())))
+        << "request " << i;
+  }
+  EXPECT_GT(reused, 10);
+  expect_all_pages_back(*engine);
+}
+
+// Nobody who needs nothing of it waits behind a document that is being computed.
+TEST_F(EngineTest, OthersPassWhoWaitsForABeginning) {
+  const auto engine = make({.max_sequences = 3, .chunk_tokens = 32});
+  const std::vector<std::int32_t> document = prompt_of(220, 1);
+  std::vector<int> order;
+  const auto ask = [&](int name, std::vector<std::int32_t> prompt) {
+    Request request = greedy(std::move(prompt), 2);
+    request.on_done = [&order, name](const Completion&) { order.push_back(name); };
+    ASSERT_TRUE(engine->submit(std::move(request)).ok());
+  };
+  ask(0, document);
+  ASSERT_TRUE(engine->step().ok());
+  std::vector<std::int32_t> longer = document;
+  longer.push_back(7);
+  ask(1, longer);
+  ask(2, prompt_of(8, 2));
+  while (!engine->idle()) ASSERT_TRUE(engine->step().ok());
+  EXPECT_EQ(order, (std::vector<int>{2, 0, 1}));
+}
+
 TEST_F(EngineTest, ConversationReusesAllOfThePreviousTurn) {
   const auto engine = make();
   std::vector<std::int32_t> prompt = prompt_of(200, 3);
@@ -259,6 +355,10 @@ TEST_F(EngineTest, RefusesWhatCannotWork) {
   EXPECT_EQ(small.status().code(), StatusCode::kResourceExhausted);
   EXPECT_NE(small.status().message().find("lower --ctx-size"), std::string::npos);
   EXPECT_FALSE(Engine::create(*model_, *tokenizer_, {.chunk_tokens = -1}).ok());
+  EXPECT_EQ(Engine::create(*model_, *tokenizer_, {.context = 300, .cache_tokens = 299})
+                .status()
+                .message(),
+            "engine: a cache of 299 tokens, expected at least a context's 300, or 0 for 1 of them");
 }
 
 TEST_F(EngineTest, MemoryIsComputedBeforeItIsTaken) {
@@ -266,6 +366,8 @@ TEST_F(EngineTest, MemoryIsComputedBeforeItIsTaken) {
   const EngineMemory memory = engine_shape(*model_, options).value().memory;
   EXPECT_EQ(make(options)->pool().bytes(), memory.cache);
   EXPECT_EQ(make(options)->pool().total_pages(), 2 * 19);
+  const EngineOptions less{.context = 300, .max_sequences = 2, .cache_tokens = 400};
+  EXPECT_EQ(make(less)->pool().total_pages(), 25);
 }
 
 TEST_F(EngineTest, TimingsAddUp) {

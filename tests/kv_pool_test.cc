@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every page belongs to exactly one list or is free, whatever happens in whatever order.
+// Every page is free or has as many lists as share it, whatever happens in whatever order.
 #include "infllm/engine/kv_pool.h"
 
 #include <gtest/gtest.h>
@@ -71,6 +71,88 @@ TEST(KvPool, RandomTakingAndGivingBackLosesNothing) {
       expect_exact(pool, owners);
     }
   }
+}
+
+// Lists of pages under names: what each page holds is seen through every list that has it.
+TEST(KvPool, SharedPagesAreFreeWithTheirLastListAndCopiedBeforeTheyAreWritten) {
+  for (std::uint32_t seed = 0; seed < 50; ++seed) {
+    std::mt19937 random(seed);
+    KvPool pool = make_pool(30);
+    const std::int64_t page_bytes = pool.layer(0).page_bytes;
+    const auto number = [&](std::int32_t layer, std::int32_t page) -> std::int32_t& {
+      return *reinterpret_cast<std::int32_t*>(static_cast<std::byte*>(pool.layer(layer).data) +
+                                              (page + 1) * page_bytes - 4);
+    };
+    std::vector<std::vector<std::int32_t>> lists(5);
+    std::vector<std::vector<std::int32_t>> contents(5);
+    for (int i = 0; i < 400; ++i) {
+      const std::size_t one = random() % lists.size();
+      const std::size_t other = random() % lists.size();
+      const auto first = static_cast<std::int64_t>(random() % 8);
+      switch (random() % 3) {
+        case 0:  // shrink, and share what another has
+          if (one == other) break;
+          pool.shrink(lists[one], 0);
+          lists[one] = pool.share(
+              std::span(lists[other])
+                  .first(std::min(lists[other].size(), static_cast<std::size_t>(first))));
+          contents[one].assign(contents[other].begin(),
+                               contents[other].begin() + std::ssize(lists[one]));
+          break;
+        case 1:  // write the end
+        {
+          const std::vector<std::int32_t> before = lists[one];
+          const bool owned = pool.own(lists[one], first).value();
+          if (!owned) {
+            ASSERT_EQ(lists[one], before) << "a refusal changed pages";
+            break;
+          }
+          if (!pool.extend(lists[one], static_cast<std::int64_t>(64 * (random() % 9)))) break;
+          contents[one].resize(lists[one].size());
+          for (std::size_t k = std::min(before.size(), static_cast<std::size_t>(first));
+               k < lists[one].size(); ++k) {
+            contents[one][k] = static_cast<std::int32_t>(random() % 1000);
+            for (std::int32_t layer = 0; layer < kLayers; ++layer) {
+              number(layer, lists[one][k]) = contents[one][k] + layer;
+            }
+          }
+          break;
+        }
+        default:
+          pool.shrink(lists[one], 64 * first);
+          contents[one].resize(lists[one].size());
+      }
+      std::set<std::int32_t> held;
+      for (std::size_t list = 0; list < lists.size(); ++list) {
+        ASSERT_EQ(lists[list].size(), contents[list].size());
+        for (std::size_t k = 0; k < lists[list].size(); ++k) {
+          held.insert(lists[list][k]);
+          for (std::int32_t layer = 0; layer < kLayers; ++layer) {
+            ASSERT_EQ(number(layer, lists[list][k]), contents[list][k] + layer)
+                << "list " << list << ", place " << k;
+          }
+        }
+      }
+      ASSERT_EQ(std::ssize(held) + pool.free_pages(), pool.total_pages());
+    }
+  }
+}
+
+// By hand, with windows of 32 every 16 and of 128 every 64: page 0 has its last windows from token
+// 48 to 80 and from 0 to 128.
+TEST(KvPool, PagesAreSettledWhenTheirWindowsAreComplete) {
+  const KvPool pool = make_pool(1);
+  EXPECT_EQ(pool.settled_pages(0), 0);
+  EXPECT_EQ(pool.settled_pages(127), 0);
+  EXPECT_EQ(pool.settled_pages(128), 1);
+  EXPECT_EQ(pool.settled_pages(191), 1);
+  EXPECT_EQ(pool.settled_pages(192), 2);
+  const Backend backend = open_backend("reference", {.threads = 1}).value();
+  KvLayout layout = small_layout();
+  layout.pooled_keys = false;
+  const KvPool dense = KvPool::create(backend, layout, kLayers, 1).value();
+  EXPECT_EQ(dense.settled_pages(63), 0);
+  EXPECT_EQ(dense.settled_pages(64), 1);
 }
 
 TEST(KvPool, PagesForIsExactAtTheBorders) {

@@ -120,6 +120,9 @@ Status bench(const Options& options) {
   std::vector<std::string> modes = INFLLM_TRY(parse_attention_list(options.bench.attention));
   const std::vector<BenchTest> tests = list_tests(options.bench);
   if (tests.empty()) return invalid_argument("nothing to measure: all of -p and -n are 0");
+  if (!options.bench.jsonl_file.empty()) {
+    INFLLM_TRY(append_records(options.bench.jsonl_file, {}));  // told before the work
+  }
   const std::unique_ptr<Session> session =
       INFLLM_TRY(open_session(options.model, options.bench.synthetic));
   print_effective_values(*session, options.model);

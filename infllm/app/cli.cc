@@ -9,6 +9,7 @@
 #include <CLI/CLI.hpp>
 #include <array>
 #include <limits>
+#include <type_traits>
 
 #include "infllm/app/signals.h"
 #include "infllm/app/version.h"
@@ -19,8 +20,25 @@ namespace {
 
 constexpr std::int32_t kMaxTokens = std::numeric_limits<std::int32_t>::max() / 2;
 
-const CLI::Range kPositive(1, kMaxTokens);
-const CLI::Range kNatural(0, kMaxTokens);
+// A number from `low` to `high`, where numbers beyond are refused for a reason.
+template <typename Number>
+CLI::Validator between(Number low, Number high) {
+  const auto check = [low, high](const std::string& text) {
+    Number value{};
+    if (CLI::detail::lexical_cast(text, value) && low <= value && value <= high) {
+      return std::string();
+    }
+    const std::string kind = std::is_integral_v<Number> ? "whole number" : "number";
+    const bool has_end = high < static_cast<Number>(kMaxTokens);
+    return fmt::format(
+        "\"{}\", expected a {} {}", text, kind,
+        has_end ? fmt::format("from {} to {}", low, high) : fmt::format("of at least {}", low));
+  };
+  return {check, "", ""};
+}
+
+const CLI::Validator kPositive = between(1, kMaxTokens);
+const CLI::Validator kNatural = between(0, kMaxTokens);
 
 template <typename T>
 CLI::Option* option(CLI::App* app, const std::string& names, T& value) {
@@ -34,10 +52,10 @@ CLI::Option* option(CLI::App* app, const std::string& names, T& value) {
 
 void add_sparse_options(CLI::App* app, SparseOptions& sparse) {
   option(app, "--sparse", sparse.mode)->check(CLI::IsMember({"auto", "on", "off"}));
-  option(app, "--dense-len,--sparse-switch", sparse.dense_len)->check(CLI::Range(-1, kMaxTokens));
+  option(app, "--dense-len,--sparse-switch", sparse.dense_len)->check(between(-1, kMaxTokens));
   option(app, "--topk,--sparse-topk-k", sparse.topk)->check(kNatural);
   option(app, "--window-size", sparse.window_size)->check(kNatural);
-  option(app, "--block-window-size", sparse.window_blocks)->check(CLI::Range(0, 1 << 20));
+  option(app, "--block-window-size", sparse.window_blocks)->check(between(0, 1 << 20));
   option(app, "--init-blocks,--sink-window-size", sparse.init_blocks)->check(kNatural);
   option(app, "--kernel-size", sparse.kernel_size)->check(kPositive);
   option(app, "--kernel-stride", sparse.kernel_stride)->check(kPositive);
@@ -51,29 +69,29 @@ void add_sparse_options(CLI::App* app, SparseOptions& sparse) {
 void add_model_options(CLI::App* app, ModelOptions& model) {
   option(app, "model,-m,--model,--model-path", model.path);
   option(app, "--device", model.device);
-  option(app, "-t,--threads", model.threads)->check(CLI::Range(0, 1024));
+  option(app, "-t,--threads", model.threads)->check(between(0, 1024));
   option(app, "--dtype", model.dtype);
   option(app, "--kv-dtype", model.kv_dtype)
       ->check(CLI::IsMember({"auto", "float32", "f32", "bfloat16", "bf16"}));
   option(app, "-c,--ctx-size,--max-model-len,--context-length", model.context)->check(kNatural);
   option(app, "--chunk-size,--chunk-length,--max-num-batched-tokens", model.chunk_tokens)
-      ->check(CLI::Range(1, 1 << 20));
+      ->check(between(1, 1 << 20));
   app->add_flag("-v,--verbose", model.verbose);
   add_sparse_options(app, model.sparse);
 }
 
 void add_sampling_options(CLI::App* app, SamplingOptions& sampling) {
-  option(app, "--temp,--temperature", sampling.temperature)->check(CLI::Range(0.0, 100.0));
+  option(app, "--temp,--temperature", sampling.temperature)->check(between(0.0, 100.0));
   option(app, "--top-k", sampling.top_k)->check(kNatural);
-  option(app, "--top-p", sampling.top_p)->check(CLI::Range(0.0, 1.0));
-  option(app, "--min-p", sampling.min_p)->check(CLI::Range(0.0, 1.0));
+  option(app, "--top-p", sampling.top_p)->check(between(0.0, 1.0));
+  option(app, "--min-p", sampling.min_p)->check(between(0.0, 1.0));
   option(app, "--repeat-penalty,--repetition-penalty", sampling.repetition_penalty)
-      ->check(CLI::Range(0.01, 100.0));
-  option(app, "--presence-penalty", sampling.presence_penalty)->check(CLI::Range(-100.0, 100.0));
-  option(app, "--frequency-penalty", sampling.frequency_penalty)->check(CLI::Range(-100.0, 100.0));
+      ->check(between(0.01, 100.0));
+  option(app, "--presence-penalty", sampling.presence_penalty)->check(between(-100.0, 100.0));
+  option(app, "--frequency-penalty", sampling.frequency_penalty)->check(between(-100.0, 100.0));
   option(app, "-s,--seed,--random-seed", sampling.seed);
   option(app, "-n,--max-tokens,--predict,--num-generate", sampling.max_tokens)
-      ->check(CLI::Range(-1, kMaxTokens))
+      ->check(between(-1, kMaxTokens))
       ->check([](const std::string& text) {
         return text == "0" ? std::string("an answer has at least one token") : std::string();
       });
@@ -129,12 +147,12 @@ void add_bench(CLI::App* app, Options& options) {
       ->delimiter(',')
       ->allow_extra_args(false)
       ->check(kNatural);
-  option(app, "-r,--repetitions", bench.repetitions)->check(CLI::Range(1, 1000));
+  option(app, "-r,--repetitions", bench.repetitions)->check(between(1, 1000));
   option(app, "-o,--output", bench.output)->check(CLI::IsMember({"md", "csv", "json", "jsonl"}));
   option(app, "--attention", bench.attention);
   option(app, "--synthetic", bench.synthetic)->check(CLI::IsMember(model::named_configs()));
   option(app, "--jsonl", bench.jsonl_file);
-  option(app, "--repeat", bench.repeat)->check(CLI::Range(1, 1024));
+  option(app, "--repeat", bench.repeat)->check(between(1, 1024));
   app->add_flag("--fill", bench.fill);
   app->add_flag_callback("--no-warmup", [&bench] { bench.warmup = false; });
   app->add_flag_callback("--no-steps", [&bench] { bench.steps = false; });
@@ -166,6 +184,7 @@ void add_eval(CLI::App* app, Options& options) {
   option(app, "--attention", options.eval.attention);
   option(app, "--jsonl", options.eval.jsonl_file);
   option(app, "--limit", options.eval.limit)->check(kNatural);
+  option(app, "--parallel", options.eval.parallel)->check(between(1, 1024));
   option(app, "-n,--max-tokens,--predict,--num-generate", options.sampling.max_tokens)
       ->check(kPositive);
 }
@@ -211,6 +230,21 @@ constexpr Sub kSubs[] = {
     {"eval", Command::kEval, add_eval},
 };
 
+// Of an argument that no option takes.
+std::string explain_extra(const std::string& command, const Options& options,
+                          const std::string& argument) {
+  if (argument.starts_with("-")) return fmt::format("no option {}", argument);
+  if (command.empty()) {
+    std::string names;
+    for (const Sub& sub : kSubs) names += fmt::format("{}{}", names.empty() ? "" : ", ", sub.name);
+    return fmt::format("no command \"{}\", expected one of: {}", argument, names);
+  }
+  if (!options.prompt.text.empty()) {
+    return fmt::format("\"{}\" is one argument too many; put the whole text in quotes", argument);
+  }
+  return fmt::format("\"{}\" is one argument too many", argument);
+}
+
 }  // namespace
 
 Parsed parse_command_line(int argc, char** argv) {
@@ -240,8 +274,12 @@ Parsed parse_command_line(int argc, char** argv) {
     return parsed;
   };
   std::string error;
+  std::vector<std::string> extra;
   try {
     app.parse(argc, argv);
+  } catch (const CLI::ExtrasError& failure) {
+    error = failure.what();
+    extra = app.remaining(true);
   } catch (const CLI::ParseError& failure) {
     error = failure.what();
   }
@@ -256,6 +294,7 @@ Parsed parse_command_line(int argc, char** argv) {
     parsed.text = help ? help_text(chosen) : fmt::format("infllm {}\n", kVersion);
     return parsed;
   }
+  if (!extra.empty()) error = explain_extra(chosen, parsed.options, extra.front());
   if (!error.empty()) return usage_error(error);
   if (chosen.empty()) {
     parsed.exit_code = kExitUsage;

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <tuple>
@@ -18,13 +19,14 @@
 namespace infllm::app {
 namespace {
 
-constexpr std::int32_t kSpareTokens = 8;  // beyond the longest expected answer
+constexpr std::int32_t kSpareTokens = 8;   // beyond the longest expected answer
+constexpr std::int64_t kSpareCache = 256;  // for the template, and for pages that are begun
 
 // What was right in one task, at one length, under one kind of attention.
 struct Score {
   std::int32_t correct = 0;
   std::int32_t total = 0;
-  double seconds = 0;
+  double seconds = 0;          // an equal share of its document's for each question
   engine::Visibility visible;  // by the tokens of the answer
 
   double share() const { return total > 0 ? static_cast<double>(correct) / total : 0; }
@@ -54,18 +56,14 @@ class Evaluation {
   Evaluation(const Session& session, const Options& options, const Prompter& prompter)
       : session_(session), options_(options), prompter_(prompter) {}
 
-  // Every question under one kind of attention. The engine keeps the document's keys between its
-  // questions.
+  // Every question under one kind of attention, those of a document together: the engine reads it
+  // once and lends its keys to all of them.
   Status run(const std::vector<Sample>& samples, const std::string& mode, Progress& bar) {
     const std::unique_ptr<engine::Engine> engine =
-        INFLLM_TRY(open_engine(session_, options_.model, 0, mode == "dense"));
+        INFLLM_TRY(open_engine(session_, options_.model, engine_options(samples, mode)));
     for (const Sample& sample : samples) {
-      for (const Question& question : sample.questions) {
-        const Status status = ask(*engine, sample, question, mode);
-        if (!status.ok()) return status.with_context(fmt::format("sample {}", sample.id));
-        ++done_;
-        bar.update(done_, fmt::format("{}, {} of {} right", mode, correct_, done_));
-      }
+      const Status status = ask(*engine, sample, mode, bar);
+      if (!status.ok()) return status.with_context(fmt::format("sample {}", sample.id));
     }
     return {};
   }
@@ -73,13 +71,51 @@ class Evaluation {
   const Scores& scores() const { return scores_; }
 
  private:
-  Status ask(engine::Engine& engine, const Sample& sample, const Question& question,
-             const std::string& mode) {
-    engine::Request request = INFLLM_TRY(base_request(session_, options_));
-    request.prompt =
-        INFLLM_TRY(prompter_.ask(document_message(sample.document, question.question)));
-    const engine::Completion answer = INFLLM_TRY(engine.generate(std::move(request)));
-    if (answer.reason == engine::FinishReason::kCancelled) return cancelled("interrupted");
+  // Room for the longest document, and for a question and its answer beside each one more.
+  engine::EngineOptions engine_options(const std::vector<Sample>& samples,
+                                       const std::string& mode) const {
+    std::size_t together = 1;
+    std::size_t longest = 0;
+    for (const Sample& sample : samples) {
+      together = std::max(together, sample.questions.size());
+      for (const Question& question : sample.questions) {
+        longest = std::max(longest, session_.tokenizer->encode(question.question, {}).size());
+      }
+    }
+    const auto sequences = static_cast<std::int32_t>(
+        std::min(together, static_cast<std::size_t>(options_.eval.parallel)));
+    const std::int32_t context =
+        options_.model.context > 0 ? options_.model.context : session_.config().max_positions;
+    const std::int64_t each =
+        static_cast<std::int64_t>(longest) + options_.sampling.max_tokens + kSpareCache;
+    return {.max_sequences = sequences,
+            .cache_tokens = context + (sequences - 1) * each,
+            .dense = mode == "dense"};
+  }
+
+  Status ask(engine::Engine& engine, const Sample& sample, const std::string& mode, Progress& bar) {
+    std::vector<engine::Completion> answers(sample.questions.size());
+    for (std::size_t i = 0; i < answers.size(); ++i) {
+      engine::Request request = INFLLM_TRY(base_request(session_, options_));
+      request.prompt = INFLLM_TRY(
+          prompter_.ask(document_message(sample.document, sample.questions[i].question)));
+      request.on_done = [&answers, i](const engine::Completion& done) { answers[i] = done; };
+      INFLLM_TRY(engine.submit(std::move(request)));
+    }
+    const auto start = std::chrono::steady_clock::now();
+    while (!engine.idle()) INFLLM_TRY(engine.step());
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    for (std::size_t i = 0; i < answers.size(); ++i) {
+      if (answers[i].reason == engine::FinishReason::kCancelled) return cancelled("interrupted");
+      judge(sample, sample.questions[i], mode, answers[i],
+            taken.count() / static_cast<double>(answers.size()));
+    }
+    bar.update(done_, fmt::format("{}, {} of {} right", mode, correct_, done_));
+    return {};
+  }
+
+  void judge(const Sample& sample, const Question& question, const std::string& mode,
+             const engine::Completion& answer, double seconds) {
     const bool is_right = trimmed(answer.text) == trimmed(question.answer);
     if (options_.model.verbose && !is_right) {
       fmt::print(stderr, "{} {} {}: \"{}\" -> \"{}\", expected \"{}\"\n", sample.id, question.task,
@@ -88,11 +124,11 @@ class Evaluation {
     Score& score = scores_[{question.task, sample.length, mode}];
     score.correct += is_right ? 1 : 0;
     score.total += 1;
-    score.seconds += answer.timings.prompt_seconds + answer.timings.eval_seconds;
+    score.seconds += seconds;
     score.visible.attended += answer.timings.eval_visible.attended;
     score.visible.causal += answer.timings.eval_visible.causal;
     correct_ += is_right ? 1 : 0;
-    return {};
+    done_ += 1;
   }
 
   const Session& session_;
@@ -147,6 +183,9 @@ Status eval(const Options& given) {
   const std::vector<std::string> modes = INFLLM_TRY(parse_attention_list(given.eval.attention));
   const std::vector<Sample> samples =
       INFLLM_TRY(read_samples(given.eval.samples, given.eval.limit));
+  if (!given.eval.jsonl_file.empty()) {
+    INFLLM_TRY(append_records(given.eval.jsonl_file, {}));  // told before the work
+  }
   const std::unique_ptr<Session> session = INFLLM_TRY(open_session(given.model));
   print_effective_values(*session, given.model);
   if (std::ranges::count(modes, "sparse") > 0 && !session->config().sparse) {

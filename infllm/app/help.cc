@@ -137,10 +137,11 @@ constexpr char kEvalHelp[] =
 SAMPLES has one JSON object a line:
   {"id": .., "length": 4096, "document": "..",
    "questions": [{"task": "..", "question": "..", "answer": ".."}]}
-A document is read once for all its questions.
+A document is read once for all its questions, which are then asked together.
 
   --attention LIST         modes to score (default dense,sparse)
   --limit N                only the first N documents
+  --parallel N             questions of a document asked at a time (default 16)
   -n, --max-tokens N       longest answer (default: the longest expected one and some more)
   --jsonl FILE             append one record per task, length and mode
 )";

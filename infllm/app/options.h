@@ -83,7 +83,8 @@ struct EvalOptions {
   std::string samples;  // JSON lines
   std::string attention = "dense,sparse";
   std::string jsonl_file;
-  std::int32_t limit = 0;  // documents; 0: all
+  std::int32_t limit = 0;      // documents; 0: all
+  std::int32_t parallel = 16;  // questions of a document that are asked at a time
 };
 
 enum class Command { kNone, kRun, kChat, kBench, kInspect, kTokenize, kEval };

@@ -49,7 +49,11 @@ Result<std::string> read_text(const PromptOptions& options) {
     }
     text = INFLLM_TRY(read_file("-"));
   }
-  if (is_blank(text)) return invalid_argument("the text is empty");
+  if (is_blank(text)) {
+    return invalid_argument(options.file.empty() || options.file == "-"
+                                ? "the text is empty"
+                                : fmt::format("{}: the text is empty", options.file));
+  }
   return text;
 }
 

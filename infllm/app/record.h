@@ -15,7 +15,7 @@ namespace infllm::app {
 // the fields of bench/results/README.md that every record has.
 nlohmann::json record_header(const Session& session, const std::string& name);
 
-// Appends `records` to `path`; kIoError names the file.
+// Appends `records` to `path`; kIoError names the file. None of them: sees whether it could.
 Status append_records(const std::string& path, const std::vector<nlohmann::json>& records);
 
 struct Summary {

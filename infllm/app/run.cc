@@ -25,7 +25,7 @@ Result<engine::Completion> answer(const Options& options, std::unique_ptr<Sessio
   const auto length = static_cast<std::int32_t>(request.prompt.size());
   const std::int32_t context = request.max_tokens > 0 ? length + request.max_tokens : 0;
   const std::unique_ptr<engine::Engine> engine =
-      INFLLM_TRY(open_engine(*session, options.model, context));
+      INFLLM_TRY(open_engine(*session, options.model, {.context = context}));
 
   Progress bar("prefill", Progress::Unit::kTokens, length);
   request.on_prompt = [&bar](std::int32_t done, std::int32_t total) {

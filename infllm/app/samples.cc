@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -50,6 +51,9 @@ Result<Sample> parse_sample(const std::string& line) {
 }  // namespace
 
 Result<std::vector<Sample>> read_samples(const std::string& path, std::int32_t limit) {
+  if (std::error_code error; std::filesystem::is_directory(path, error)) {
+    return invalid_argument(fmt::format("{}: is a folder, expected a file of JSON lines", path));
+  }
   std::ifstream file(path);
   if (!file) return not_found(fmt::format("{}: no such file, or it cannot be read", path));
   std::vector<Sample> samples;

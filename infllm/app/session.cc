@@ -154,14 +154,13 @@ Result<std::unique_ptr<Session>> open_session(const ModelOptions& options,
 
 Result<std::unique_ptr<engine::Engine>> open_engine(const Session& session,
                                                     const ModelOptions& options,
-                                                    std::int32_t context, bool dense) {
+                                                    engine::EngineOptions wanted) {
   const std::int32_t limit = options.context > 0 ? options.context : session.config().max_positions;
-  return engine::Engine::create(*session.model, *session.tokenizer,
-                                {.context = context > 0 ? std::min(context, limit) : limit,
-                                 .chunk_tokens = chunk_tokens(session.backend, options),
-                                 .kv_dtype = parse_kv_dtype(options.kv_dtype),
-                                 .dense = dense,
-                                 .memory_limit = available_memory(session.backend)});
+  wanted.context = wanted.context > 0 ? std::min(wanted.context, limit) : limit;
+  wanted.chunk_tokens = chunk_tokens(session.backend, options);
+  wanted.kv_dtype = parse_kv_dtype(options.kv_dtype);
+  wanted.memory_limit = available_memory(session.backend);
+  return engine::Engine::create(*session.model, *session.tokenizer, wanted);
 }
 
 std::string attention_text(const model::ModelConfig& config) {

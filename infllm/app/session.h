@@ -45,10 +45,11 @@ Result<model::ModelConfig> open_config(const ModelOptions& options, const std::s
 Result<std::unique_ptr<Session>> open_session(const ModelOptions& options,
                                               const std::string& synthetic = "");
 
-// The engine for this session; `context` tokens for each sequence, 0: the options' or the model's.
+// The engine for this session: `wanted` with what the command line says filled in. A context of 0
+// is the options' or the model's, a larger one than that is cut down to it.
 Result<std::unique_ptr<engine::Engine>> open_engine(const Session& session,
                                                     const ModelOptions& options,
-                                                    std::int32_t context = 0, bool dense = false);
+                                                    engine::EngineOptions wanted = {});
 
 // "sparse from 8192 tokens on: 96 blocks of 64 (1 first, 33 last, 62 chosen)" or why not.
 std::string attention_text(const model::ModelConfig& config);

@@ -133,18 +133,19 @@ Result<Completion> Engine::generate(Request request) {
 
 Status Engine::step() {
   drop_cancelled();
-  admit();
+  Status status = admit();
+  if (status.ok()) status = advance();
+  if (!status.ok()) drop_running();
+  return status;
+}
+
+Status Engine::advance() {
   std::vector<Active*> owners;
   const std::vector<Work> work = schedule_step(owners);
   if (work.empty()) return {};
-
   model::ForwardTimes times;
-  Status status = forward(work, options_.measure ? &times : nullptr);
-  if (status.ok()) status = publish(work, owners, times);
-  if (!status.ok()) {
-    drop_running();
-    return status;
-  }
+  INFLLM_TRY(forward(work, options_.measure ? &times : nullptr));
+  INFLLM_TRY(publish(work, owners, times));
   std::erase_if(running_, [](const auto& active) { return active->done; });
   return {};
 }
@@ -165,22 +166,39 @@ void Engine::drop_cancelled() {
 }
 
 // First come, first served: nobody overtakes a request that waits for pages.
-void Engine::admit() {
-  while (!waiting_.empty()) {
-    Active& active = *waiting_.front();
+Status Engine::admit() {
+  for (auto next = waiting_.begin(); next != waiting_.end();) {
+    Active& active = **next;
     Slot* slot = choose_slot(active.request.prompt);
-    if (slot == nullptr) return;
-    slot->sequence.restart(active.request.prompt, rule_, pool_);
-    if (!make_room(*slot, slot->sequence.length() + active.max_tokens)) return;
+    if (slot == nullptr) return {};
+    if (awaits_prefix(active.request.prompt)) {
+      ++next;
+      continue;
+    }
+    begin(*slot, active.request.prompt);
+    if (!INFLLM_TRY(make_room(*slot, slot->sequence.length() + active.max_tokens))) return {};
     slot->busy = true;
     active.slot = slot;
     active.started = Clock::now();
     Timings& timings = active.completion.timings;
     timings.prompt_tokens = slot->sequence.prompt_length;
     timings.reused_tokens = slot->sequence.cached;
-    running_.push_back(std::move(waiting_.front()));
-    waiting_.pop_front();
+    running_.push_back(std::move(*next));
+    next = waiting_.erase(next);
   }
+  return {};
+}
+
+// Whether this prompt begins, for a block or more, like one that is just being computed.
+bool Engine::awaits_prefix(const std::vector<std::int32_t>& prompt) const {
+  std::int32_t now = 0;
+  std::int32_t soon = 0;
+  for (const auto& slot : slots_) {
+    now = std::max(now, reusable_prefix(slot->sequence, prompt, rule_));
+    if (!slot->busy || slot->sequence.cached >= slot->sequence.prompt_length) continue;
+    soon = std::max(soon, coming_prefix(slot->sequence, prompt, rule_));
+  }
+  return soon > now && soon >= pool_.page_tokens();
 }
 
 // The idle slot that has most of the prompt cached; among equals the one used least recently.
@@ -199,9 +217,29 @@ Engine::Slot* Engine::choose_slot(const std::vector<std::int32_t>& prompt) {
   return best;
 }
 
-// Takes pages from idle slots' caches, least recently used first, until `slot` can hold `tokens`.
-bool Engine::make_room(Slot& slot, std::int64_t tokens) {
-  while (!pool_.extend(slot.sequence.pages, tokens)) {
+// From the slot's own cache, or from that of another one if it has a block more of the prompt.
+void Engine::begin(Slot& slot, const std::vector<std::int32_t>& prompt) {
+  const Slot* source = &slot;
+  std::int32_t most = reusable_prefix(slot.sequence, prompt, rule_) + pool_.page_tokens() - 1;
+  for (const auto& other : slots_) {
+    const std::int32_t prefix = reusable_prefix(other->sequence, prompt, rule_);
+    if (prefix <= most) continue;
+    source = other.get();
+    most = prefix;
+  }
+  if (source == &slot) {
+    slot.sequence.restart(prompt, rule_, pool_);
+  } else {
+    slot.sequence.fork(source->sequence, prompt, rule_, pool_);
+  }
+}
+
+// Takes pages from idle slots' caches, least recently used first, until `slot` can hold `tokens`
+// and has to itself what it will write.
+Result<bool> Engine::make_room(Slot& slot, std::int64_t tokens) {
+  std::vector<std::int32_t>& pages = slot.sequence.pages;
+  const std::int64_t settled = pool_.settled_pages(slot.sequence.cached);
+  while (!INFLLM_TRY(pool_.own(pages, settled)) || !pool_.extend(pages, tokens)) {
     Slot* oldest = nullptr;
     for (const auto& other : slots_) {
       if (other->busy || other.get() == &slot || other->sequence.pages.empty()) continue;

@@ -14,9 +14,12 @@
 // neighbours nor the chunk size nor what was cached before have a part in it.
 //
 // All memory is allocated by create(): cache, workspace, logits. A request gets the pages it can
-// ever need before it starts, so nothing runs out half-way; it waits until they are free. What a
-// finished request leaves in the cache serves the next prompt that begins the same, until somebody
-// needs the pages.
+// ever need before it starts, so nothing runs out half-way; it waits until they are free.
+//
+// Prompts that begin the same are computed once. What a finished request leaves in the cache serves
+// the next such prompt, until somebody needs the pages; a running one lends its pages to those that
+// come while it runs. Who shares a beginning that is just being computed waits for it, and others
+// pass by.
 //
 // Not thread-safe, apart from Request::cancelled.
 #pragma once
@@ -104,10 +107,13 @@ class Engine {
          KvPool pool, Plan plan, Runner runner);
 
   void drop_cancelled();
-  void admit();
+  Status admit();
+  bool awaits_prefix(const std::vector<std::int32_t>& prompt) const;
   Slot* choose_slot(const std::vector<std::int32_t>& prompt);
-  bool make_room(Slot& slot, std::int64_t tokens);
+  void begin(Slot& slot, const std::vector<std::int32_t>& prompt);
+  Result<bool> make_room(Slot& slot, std::int64_t tokens);
 
+  Status advance();
   std::vector<Work> schedule_step(std::vector<Active*>& owners) const;
   Status forward(const std::vector<Work>& work, model::ForwardTimes* times);
   Status publish(const std::vector<Work>& work, const std::vector<Active*>& owners,

@@ -50,7 +50,14 @@ Result<EngineShape> engine_shape(const model::Model& model, const EngineOptions&
   INFLLM_TRY(infllm::check(backend, shape.layout));
   shape.rule = rule_of(model.config(), options.dense);
   const std::int64_t pages_each = shape.layout.config.blocks_in(context);
-  const std::int64_t pages = pages_each * sequences;
+  if (options.cache_tokens != 0 && options.cache_tokens < context) {
+    return invalid_argument(fmt::format(
+        "engine: a cache of {} tokens, expected at least a context's {}, or 0 for {} of them",
+        options.cache_tokens, context, sequences));
+  }
+  const std::int64_t pages = options.cache_tokens != 0
+                                 ? shape.layout.config.blocks_in(options.cache_tokens)
+                                 : pages_each * sequences;
   if (pages > std::numeric_limits<std::int32_t>::max()) {
     return invalid_argument(fmt::format("engine: {} pages, more than can be numbered", pages));
   }

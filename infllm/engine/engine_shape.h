@@ -18,11 +18,14 @@ namespace infllm::engine {
 struct EngineOptions {
   std::int32_t context = 0;  // prompt and answer of one sequence; 0: what the model is made for
   std::int32_t max_sequences = 1;  // that run at a time
-  std::int32_t chunk_tokens = 0;   // of prompts in one step; 0: default_chunk_tokens()
-  std::optional<DType> kv_dtype;   // null: the model's choice
-  bool dense = false;              // attend densely whatever the model's sparse_config says
-  std::int64_t memory_limit = 0;   // bytes that the engine may allocate; 0: no limit
-  bool measure = true;             // fill Timings' ForwardTimes, but not of recorded steps
+  // That the cache holds of all sequences together; 0: max_sequences times the context. Less serves
+  // sequences that begin the same or are short; who finds no room waits.
+  std::int64_t cache_tokens = 0;
+  std::int32_t chunk_tokens = 0;  // of prompts in one step; 0: default_chunk_tokens()
+  std::optional<DType> kv_dtype;  // null: the model's choice
+  bool dense = false;             // attend densely whatever the model's sparse_config says
+  std::int64_t memory_limit = 0;  // bytes that the engine may allocate; 0: no limit
+  bool measure = true;            // fill Timings' ForwardTimes, but not of recorded steps
 };
 
 struct EngineMemory {          // in bytes

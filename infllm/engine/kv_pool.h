@@ -7,13 +7,16 @@
 //   std::vector<std::int32_t> mine;
 //   if (!pool.extend(mine, tokens)) ...   // too few free pages; nothing changed
 //   pool.shrink(mine, 100);               // keeps the pages of the first 100 tokens
-//   pool.shrink(mine, 0);                 // all of them are free again
+//   std::vector<std::int32_t> yours = pool.share(mine);   // read by both, written by neither
+//   if (!INFLLM_TRY(pool.own(yours, 1))) ...              // all but the first copied: to be
+//   written pool.shrink(mine, 0);                 // what nobody else has is free again
 //
 // The pool holds no computation. Pages are not cleared: what a sequence may read is stated by its
 // length.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "infllm/ops/backend.h"
@@ -41,6 +44,15 @@ class KvPool {
   // Takes back what `pages` has beyond `tokens` tokens.
   void shrink(std::vector<std::int32_t>& pages, std::int64_t tokens);
 
+  // The same pages for one more list. Each is free again when all its lists have given it back.
+  std::vector<std::int32_t> share(std::span<const std::int32_t> pages);
+  // Puts copies in place of what `pages` shares with others from place `first` on. False, and no
+  // change, when too few pages are free.
+  Result<bool> own(std::vector<std::int32_t>& pages, std::int64_t first);
+  // How many leading pages a sequence with `tokens` cached tokens will not write any more: all of
+  // their windows end among those.
+  std::int64_t settled_pages(std::int64_t tokens) const;
+
   std::int32_t total_pages() const { return total_; }
   std::int32_t free_pages() const { return static_cast<std::int32_t>(free_.size()); }
   std::int32_t page_tokens() const { return layout_.config.block_size; }
@@ -49,12 +61,16 @@ class KvPool {
   const KvLayout& layout() const { return layout_; }
 
  private:
+  std::int32_t take();
+
+  Backend backend_;
   KvLayout layout_;
   std::int64_t page_bytes_ = 0;
   std::int32_t layers_ = 0;
   std::int32_t total_ = 0;
-  Buffer buffer_;                   // [layers, total, page_bytes]
-  std::vector<std::int32_t> free_;  // a stack: the page freed last is the warmest
+  Buffer buffer_;                     // [layers, total, page_bytes]
+  std::vector<std::int32_t> free_;    // a stack: the page freed last is the warmest
+  std::vector<std::int32_t> owners_;  // lists that have the page
 };
 
 }  // namespace infllm::engine

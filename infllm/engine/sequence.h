@@ -57,11 +57,17 @@ struct Sequence {
   void truncate(std::int32_t count, KvPool& pool);
   // Starts on a new prompt, keeping the cached prefix that it shares.
   void restart(std::span<const std::int32_t> prompt, const ModeRule& rule, KvPool& pool);
+  // The same with the cached prefix of another sequence, whose pages both have from then on.
+  void fork(const Sequence& source, std::span<const std::int32_t> prompt, const ModeRule& rule,
+            KvPool& pool);
 };
 
 // How many leading tokens of `prompt` restart() would keep. Never the last one: it is computed
 // again, because its logits are wanted.
 std::int32_t reusable_prefix(const Sequence& sequence, std::span<const std::int32_t> prompt,
                              const ModeRule& rule);
+// The same as it will be when the sequence's own prompt has been computed.
+std::int32_t coming_prefix(const Sequence& sequence, std::span<const std::int32_t> prompt,
+                           const ModeRule& rule);
 
 }  // namespace infllm::engine
