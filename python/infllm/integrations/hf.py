@@ -127,8 +127,9 @@ def _packed(position_ids: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, 
                             "cu_seq_lens_k, max_length_q and max_length_k")
         return None
     seen = (position_ids._version, batch) if not position_ids.is_inference() else None
-    if _looked and seen is not None and _looked[0]() is position_ids and _looked[1] == seen:
-        return _looked[2]
+    looked = _looked  # threads may look at others in between
+    if looked and seen is not None and looked[0]() is position_ids and looked[1] == seen:
+        return looked[2]
     begins = torch.nn.functional.pad(position_ids.diff() <= 0, (1, 0), value=True)
     found = None
     if bool(begins[:, 1:].any()):
