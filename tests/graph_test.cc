@@ -93,6 +93,22 @@ TEST_P(GraphTest, CopiesAndFailuresInsideAreRefused) {
   must(synchronize(backend));
 }
 
+// In order with the copies before and behind it; both kinds of memory hold what was written.
+TEST_P(GraphTest, CopyInTakesMemoryOfTheBackendToo) {
+  const Backend backend = open(GetParam());
+  const std::vector<std::int32_t> numbers = {3, 1, 4, 1, 5, 9, 2, 6};
+  const std::size_t bytes = numbers.size() * sizeof(numbers[0]);
+  const Buffer first = must(allocate(backend, bytes));
+  const Buffer second = must(allocate(backend, bytes));
+  const Buffer visible = must(allocate_visible(backend, bytes));
+  must(copy_in(backend, first.data(), numbers.data(), bytes));
+  must(copy_in(backend, second.data(), first.data(), bytes));
+  must(copy_in(backend, visible.data(), second.data(), bytes));
+  must(synchronize(backend));
+  const auto* const seen = visible.as<const std::int32_t>();
+  EXPECT_EQ(std::vector<std::int32_t>(seen, seen + numbers.size()), numbers);
+}
+
 INSTANTIATE_TEST_SUITE_P(Backends, GraphTest, ::testing::ValuesIn(all_backends()), backend_id);
 
 }  // namespace

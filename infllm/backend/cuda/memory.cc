@@ -76,7 +76,7 @@ Status copy_in(const Backend& backend, void* to, const void* host, std::size_t b
   INFLLM_TRY(check_not_recording(device, "copy_in"));
   const cudaMemoryType type = type_of(host);
   const cudaMemcpyKind kind =
-      type == cudaMemoryTypeDevice ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice;
+      type == cudaMemoryTypeDevice ? cudaMemcpyDefault : cudaMemcpyHostToDevice;
   INFLLM_TRY(to_status("copy_in", cudaMemcpyAsync(to, host, bytes, kind, device.stream)));
   // Of pageable memory the call itself takes a copy before it returns. Page-locked memory is read
   // by the device when the copy's turn comes, after the call returned.
