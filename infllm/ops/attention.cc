@@ -103,7 +103,7 @@ Status attention(const Backend& backend, const AttentionParams& p, std::span<std
     s.choose.select.selection = arena.take<std::int32_t>(selection_size(s.choose.select));
     s.attend.selection = s.choose.select.selection;
     s.attend.columns = s.choose.select.columns();
-    const SelectAttendParams together{s.choose, s.attend};
+    const SelectAttendParams together{s.choose, s.attend, p.pooled};
     if (p.times == nullptr && has_select_attend(backend, together)) {
       return select_attend(backend, together, arena.rest());
     }
@@ -139,7 +139,7 @@ std::size_t attention_workspace_bytes(const Backend& backend, const AttentionPar
     static constexpr std::int32_t kSomeSelection = 0;
     s.attend.selection = &kSomeSelection;
     s.attend.columns = s.choose.select.columns();
-    const SelectAttendParams together{s.choose, s.attend};
+    const SelectAttendParams together{s.choose, s.attend, p.pooled};
     if (has_select_attend(backend, together)) {
       choosing.add(select_attend_workspace_bytes(backend, together));
     }

@@ -32,8 +32,10 @@ struct AttentionParams {
   const void* q_score = nullptr;  // [T, Hq, D] before RoPE, when config.use_nope
   void* o = nullptr;              // [T, Hq, D] activation type
   void* lse = nullptr;            // [Hq, T] accumulate type; may be null
-  bool pooled = false;            // the step's keys are pooled already (rope_append.h)
-  StepTimes* times = nullptr;     // may be null
+  // The call just before was rope_append() with `pool`, so this step's keys are pooled already; and
+  // all else that the pages hold was there before the batch was copied in.
+  bool pooled = false;
+  StepTimes* times = nullptr;  // may be null
 };
 
 Status attention(const Backend& backend, const AttentionParams& params,

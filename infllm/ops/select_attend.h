@@ -16,6 +16,9 @@ namespace infllm {
 struct SelectAttendParams {
   ScoreSelectParams choose;
   AttendParams attend;  // of the same batch; attend.selection is choose.select.selection
+  // The pages held all but the step's own tokens, and the windows that end with them, before the
+  // batch was copied to the device. One may then read the rest before the call in front has ended.
+  bool settled = false;
 };
 
 // Whether the backend has this step for parameters of this shape; if not, run score_select() (or

@@ -21,9 +21,10 @@ __device__ __forceinline__ void publish(std::uint32_t* cell, std::uint32_t word)
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(cell), "r"(word) : "memory");
 }
 
-// A float; a NaN that looks like nothing becomes another one.
-__device__ __forceinline__ std::uint32_t word_of(float x) {
-  return x == x ? __float_as_uint(x) : 0x7fffffff;
+__device__ __forceinline__ void publish(std::uint16_t* cell, std::uint32_t half) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(cell),
+               "h"(static_cast<std::uint16_t>(half))
+               : "memory");
 }
 
 __device__ __forceinline__ void publish(std::uint32_t* cells, uint2 words) {
@@ -36,6 +37,11 @@ __device__ __forceinline__ void publish(std::uint32_t* cells, uint4 words) {
                "r"(words.y), "r"(words.z), "r"(words.w)
                : "memory");
 }
+// A float; a NaN that looks like nothing becomes another one.
+__device__ __forceinline__ std::uint32_t word_of(float x) {
+  return x == x ? __float_as_uint(x) : 0x7fffffff;
+}
+
 __device__ __forceinline__ void publish(std::uint32_t* cells, float2 x) {
   publish(cells, make_uint2(word_of(x.x), word_of(x.y)));
 }

@@ -111,11 +111,13 @@ class PartResults {
     if (lane % 4 == 0) store(lane / 4, all, top, sum);
   }
 
- private:
-  __device__ __forceinline__ int turn(int part) const { return static_cast<int>(odd_ >> part & 1); }
+  // The words that a part uses in this launch.
   __device__ __forceinline__ std::uint32_t* set(int part) const {
     return words_ + part * kPartWords + turn(part) * kSetWords;
   }
+
+ private:
+  __device__ __forceinline__ int turn(int part) const { return static_cast<int>(odd_ >> part & 1); }
 
   std::uint32_t* const words_;  // [parts][kPartWords]
   const int part_, parts_;

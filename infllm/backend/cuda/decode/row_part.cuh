@@ -37,12 +37,13 @@ struct PartArgs {
   int init_blocks;
   int local_blocks;
   bool fine_normaliser;
+  bool settled;  // SelectAttendParams::settled
   // What parts tell each other; kNothing everywhere between two launches, but for the set of
   // results that was used last. A part clears what it wrote: normalisers and keys at the end, since
   // whoever has sent results has read them, and results one launch later.
   std::uint32_t* normalisers;  // [rows][16][parts]
   std::uint32_t* results;      // of PartResults, [rows][parts]
-  std::uint32_t* keys;         // [rows][key_stride], packed
+  std::uint32_t* keys;         // [rows][key_stride], two halves each (top_candidates.cuh)
   int key_stride;
 };
 
@@ -103,10 +104,11 @@ class Part {
         free_slices_(share_of_slices(forced_.free)),
         attention_(shared.attention, args.scale) {}
 
-  // What needs only the batch's arrays: where the first rows are.
+  // What needs only the batch's arrays, beside the end of the kernel before: where the first rows
+  // are, and those themselves that it does not write.
   __device__ __forceinline__ void prepare() {
     shared_.select.clear();
-    if (forced_.free > 0) {
+    if (chooses()) {
 #pragma unroll
       for (int t = 0; t < kItemTiles; ++t) {
         first_fine_[t] = find_row(fine_, fine_tile(place_, t));
@@ -119,29 +121,36 @@ class Part {
       prefetch(lane_ == 0 ? first_slice_.keys : first_slice_.values,
                kSliceTokens * kDim * static_cast<int>(sizeof(T)));
     }
+    const bool early = a_.settled && !has_newest();
+    if (!early) {
+      wait_for_previous();
+      load_queries();
+    }
+    load_first();
+    if (early) {
+      wait_for_previous();
+      load_queries();
+    }
   }
 
   __device__ __forceinline__ void run() {
-    const bool chooses = forced_.free > 0;
     std::uint32_t* const words = a_.results + row_ * parts_ * kPartWords;
     const std::uint32_t count = Results::look_at_count(words, parts_);
-    if (chooses) {
+    if (chooses()) {
       score();
       if (a_.q != a_.q_score) q_.load(queries(a_.q), group_);
-    } else {
-      q_.load(queries(a_.q), group_);
-      fetch_first();
     }
+    start_next();  // not before: the loads of the kernel behind would hold up this one's
     const Results results(words, part_, parts_, count);
-    results.clear();                // while keys come
-    if (!chooses) __syncthreads();  // as there is one before the list otherwise
+    results.clear();                  // while keys come
+    if (!chooses()) __syncthreads();  // as there is one before the list otherwise
     attend();
     publish_results(results);
-    if (part_ == 0 && sequence_.sparse) write_selection();  // while the others' results come
+    if (part_ == 0 && sequence_.sparse && !chooses()) write_selection();
     gather_results(results);
     if (warp_ > 0) return;
     if (lane_ == 0) results.count();
-    if (chooses) clear_cells();
+    if (chooses()) clear_cells();
   }
 
  private:
@@ -150,8 +159,10 @@ class Part {
     const T* keys;
     const T* values;  // some address if there are no tokens
     int tokens;
+    int block;
   };
 
+  __device__ __forceinline__ bool chooses() const { return forced_.free > 0; }
   // Blocks from here on are forced, or come after the token's own.
   __device__ __forceinline__ int candidates_end() const {
     return max(0, own_ + 1 - a_.local_blocks);
@@ -214,48 +225,59 @@ class Part {
   __device__ __forceinline__ Slice find_slice(bool free, int round) const {
     const T* const any = static_cast<const T*>(a_.q);
     const int mine = kPartWarps * round + warp_;
-    if (mine >= (free ? free_slices_ : forced_slices_)) return {any, any, 0};
+    if (mine >= (free ? free_slices_ : forced_slices_)) return {any, any, 0, -1};
     const int slice = part_ + parts_ * mine;
     const int i = slice / kBlockSlices;
     const int block = free ? shared_.list[i] : forced_.block(i);
     const int first = slice % kBlockSlices * kSliceTokens;
     const int tokens = min(kSliceTokens, sequence_.length - block * kPageTokens - first);
     const int page = sequence_.page(block, a_.pool.num_pages);
-    if (page < 0 || tokens <= 0) return {any, any, 0};
+    if (page < 0 || tokens <= 0) return {any, any, 0, -1};
     return {a_.pool.template plane<const T>(page, a_.pool.map.key(head_kv_)) + first * kDim,
             a_.pool.template plane<const T>(page, a_.pool.map.value(head_kv_)) + first * kDim,
-            tokens};
+            tokens, block};
   }
   __device__ __forceinline__ void fetch(const Slice& slice) {
     attention_.fetch(slice.keys, slice.values, slice.tokens);
   }
-  __device__ __forceinline__ void fetch_first() {
+
+  // Whether what this warp reads first has a row that the step's token may have just written: of
+  // its own block, or of a window that ends with it.
+  __device__ __forceinline__ bool has_newest() const {
+    return place_ + 1 == normaliser_tiles_ || first_slice_.block == own_ ||
+           (place_ < score_items_ && kItemTiles * kTileRows * (place_ + 1) >= fine_.end);
+  }
+  __device__ __forceinline__ void load_queries() {
+    q_.load(queries(chooses() ? a_.q_score : a_.q), group_);
+  }
+  __device__ __forceinline__ void load_first() {
+    if (chooses()) {
+      if (place_ < normaliser_tiles_) normaliser_rows_.load(first_normaliser_.row);
+      if (place_ < score_items_) {
+#pragma unroll
+        for (int t = 0; t < kItemTiles; ++t) rows_[t].load(first_fine_[t].row);
+      }
+    }
     if (forced_slices_ > 0) fetch(first_slice_);
   }
 
   // From queries to the keys of this warp's blocks. The first logits are there before they can be
-  // normalised, and the first forced slices on their way.
+  // normalised.
   __device__ __forceinline__ void score() {
-    DirectTile<T, kDim> normaliser_rows;
-    DirectTile<T, kDim> rows[kItemTiles];
-    unsigned exist[kItemTiles];
-    if (place_ < normaliser_tiles_) normaliser_rows.load(first_normaliser_.row);
-    q_.load(queries(a_.q_score), group_);
-#pragma unroll
-    for (int t = 0; t < kItemTiles; ++t) {
-      if (place_ < score_items_) rows[t].load(first_fine_[t].row);
-      exist[t] = first_fine_[t].exist;
-    }
-    if (place_ < normaliser_tiles_) normalise(normaliser_rows, first_normaliser_.exist);
+    if (place_ < normaliser_tiles_) normalise(normaliser_rows_, first_normaliser_.exist);
     if (place_ + places_ < normaliser_tiles_) normalise_more();
     publish_normalisers();
     warm_page_table();
     float x[kItemTiles][4];
-    if (place_ < score_items_) multiply(rows, x);
-    fetch_first();
+    if (place_ < score_items_) multiply(rows_, x);
     gather_normalisers();
-    if (place_ < score_items_) publish_keys(x, exist, place_);
-    if (place_ + places_ < score_items_) score_more(rows);
+    if (place_ < score_items_) {
+      unsigned exist[kItemTiles];
+#pragma unroll
+      for (int t = 0; t < kItemTiles; ++t) exist[t] = first_fine_[t].exist;
+      publish_keys(x, exist, place_);
+    }
+    if (place_ + places_ < score_items_) score_more(rows_);
   }
 
   __device__ __forceinline__ void multiply(const DirectTile<T, kDim> (&rows)[kItemTiles],
@@ -409,9 +431,14 @@ class Part {
     const std::uint32_t last = exists ? sort_key(s[0], true) : 0;
     std::uint32_t best = max(last, __shfl_xor_sync(kAllLanes, last, 1));
     best = max(best, __shfl_xor_sync(kAllLanes, best, 4));
-    if ((lane_ & 5) == 5) {  // has the last window of a block
-      publish(keys() + kItemBlocks * item + lane_ / 8 * 2 + lane_ / 2 % 2,
-              packed({.best = best, .last = last}));
+    if (lane_ % 2 == 0) return;
+    const int block = kItemBlocks * item + lane_ / 8 * 2 + lane_ / 2 % 2;
+    if ((lane_ & 4) == 0) {
+      publish(best_half(keys(), block), best);
+    } else if (block + 1 < kItemBlocks * score_items_) {  // has the last window of a block
+      publish(overlap_half(keys(), block + 1), last);
+    } else {
+      publish(overlap_half(keys(), 0), 0);
     }
   }
 
@@ -422,6 +449,7 @@ class Part {
     TopCandidates<kPartThreads>(keys(), a_.init_blocks, candidates_end(), shared_.select)
         .choose(forced_.free, shared_.list);
     if (free_slices_ > 0) fetch(find_slice(/*free=*/true, 0));
+    if (part_ == 0) write_selection();  // while they come
     attend_slices(/*free=*/true, free_slices_);
   }
   // Whose first round is on its way.
@@ -527,6 +555,8 @@ class Part {
   TileRow<T> first_normaliser_;
   TileRow<T> first_fine_[kItemTiles];
   Slice first_slice_;
+  DirectTile<T, kDim> normaliser_rows_;
+  DirectTile<T, kDim> rows_[kItemTiles];
   Normaliser normalisers_[2];
   HeadQueries<T, kDim> q_;
   PartAttention<T, kDim, kPartWarps> attention_;

@@ -23,10 +23,12 @@ __global__ void __launch_bounds__(kPartThreads, 1)
   Sequence sequence(a.batch, static_cast<int>(blockIdx.z));
   sequence.length = min(sequence.length, a.batch.max_kv_length);
   Part<T, kDim> part(a, sequence, *reinterpret_cast<PartShared<T, kDim>*>(memory));
-  if (sequence.tokens != 0) part.prepare();  // beside the end of the kernel before
-  wait_for_previous();
-  start_next();
-  if (sequence.tokens != 0) part.run();
+  if (sequence.tokens != 0) {
+    part.prepare();
+    part.run();
+  } else {
+    wait_for_previous();
+  }
 }
 
 // How the device is shared out among the rows.
@@ -96,6 +98,7 @@ Status select_attend(const Backend& backend, const SelectAttendParams& p, std::s
                       .init_blocks = config.init_blocks,
                       .local_blocks = config.local_blocks(),
                       .fine_normaliser = config.lse_source == LseSource::kFine,
+                      .settled = p.settled,
                       .normalisers = device.exchange,
                       .results = results,
                       .keys = results + kPartWords * device.sm_count,

@@ -3,13 +3,12 @@
 // The best blocks of a row, by every one of its parts, from keys that arrive in words of global
 // memory (exchange.cuh).
 //
-// 1. A thread takes up to eight neighbouring blocks, several times where there are many, and keeps
-//    the best key. They go to a warp by their number modulo the warps, so that each warp sees a
-//    sample of the whole row.
+// 1. A thread takes up to eight blocks, several times where there are many, and keeps the best key.
+//    Runs of 32 blocks go to the warps in turn, so that each warp sees a sample of the whole row.
 // 2. Of a warp's 32 best the m-th is at most the K-th best of all, if m warps are at least K: the
 //    least of these over the warps is a bound that few more than K keys reach.
-// 3. Those are put together and each is compared with all of them; how many are better is its
-//    place in the list.
+// 3. Each warp sorts those that it has, and looks each of them up among those of the other warps:
+//    how many are better is its place in the list.
 //
 // Keys are compared together with block numbers, lower ones first, so none equals another, and the
 // list does not depend on the order in which threads run.
@@ -20,23 +19,37 @@
 
 namespace infllm::cuda::decode {
 
-inline constexpr int kMostTogether = 8;  // blocks of a thread that follow each other
+// A block's word: the best key of the windows that begin in it, and that of the last window of the
+// block before, which overlaps it. The halves come from different warps.
+__device__ __forceinline__ std::uint16_t* best_half(std::uint32_t* words, int block) {
+  return reinterpret_cast<std::uint16_t*>(words + block) + 1;
+}
+__device__ __forceinline__ std::uint16_t* overlap_half(std::uint32_t* words, int block) {
+  return reinterpret_cast<std::uint16_t*>(words + block);
+}
+// Keys have 15 bits.
+__device__ __forceinline__ bool has_both_halves(std::uint32_t words) {
+  return (words & 0x80008000) == 0;
+}
 
 template <int kThreads>
 struct TopCandidatesShared {
-  static constexpr int kMaxFound = 4 * kThreads;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kMaxFound = 128;  // of a warp, and one more
 
   // By all threads, with a barrier of them before choose().
   __device__ __forceinline__ void clear() {
+    static_assert(kWarps * kMaxFound == 4 * kThreads);
     reinterpret_cast<uint4*>(found)[threadIdx.x] = make_uint4(0, 0, 0, 0);
-    count = 0;
+    reinterpret_cast<uint4*>(sorted)[threadIdx.x] = make_uint4(0, 0, 0, 0);
   }
 
   alignas(16) std::uint16_t keys[kMaxCandidates];
-  alignas(16) std::uint32_t found[kMaxFound];
+  alignas(16) std::uint32_t found[kWarps][kMaxFound];   // zeros behind the last one
+  alignas(16) std::uint32_t sorted[kWarps][kMaxFound];  // the best first
   alignas(16) std::uint32_t best[kThreads];
-  alignas(16) std::uint32_t bounds[kThreads / 32];
-  std::int32_t count;  // of those found
+  alignas(16) std::uint32_t bounds[kWarps];
+  alignas(16) int counts[kWarps];  // of those found
   TopBlocksShared<kThreads> radix;
 };
 
@@ -46,21 +59,18 @@ class TopCandidates {
   using Shared = TopCandidatesShared<kThreads>;
   static constexpr int kMaxNeed = kThreads;  // as many bests are looked at
 
-  // keys: of blocks 0 .. end - 1, packed() as they were found, to be chosen among those from
-  // `first` on.
-  __device__ __forceinline__ TopCandidates(const std::uint32_t* keys, int first, int end,
+  // words: of blocks 0 .. end - 1, and of up to 7 more if end is no multiple of 8; to be chosen
+  // among those from `first` on.
+  __device__ __forceinline__ TopCandidates(const std::uint32_t* words, int first, int end,
                                            Shared& shared)
-      : keys_(keys),
+      : words_(words),
         first_(first),
         end_(end),
-        together_(end <= kThreads       ? 1
-                  : end <= 2 * kThreads ? 2
-                  : end <= 4 * kThreads ? 4
-                                        : kMostTogether),
-        rounds_((end + kThreads * together_ - 1) / (kThreads * together_)),
+        rounds_((end + kRoundBlocks - 1) / kRoundBlocks),
         shared_(shared),
         warp_(static_cast<int>(threadIdx.x / 32)),
-        lane_(static_cast<int>(threadIdx.x % 32)) {}
+        lane_(static_cast<int>(threadIdx.x % 32)),
+        slot_(kRun * (kWarps * (lane_ / kRun) + warp_) + lane_ % kRun) {}
 
   // Leaves the best `need` <= kMaxNeed blocks in `out`, in some order that is always the same; by
   // all threads, with a barrier at the end.
@@ -70,22 +80,28 @@ class TopCandidates {
     find_bound((need + kWarps - 1) / kWarps);
     __syncthreads();
     collect();
+    __syncwarp();
+    sort();
     __syncthreads();
-    const int count = shared_.count;
-    if (count > Shared::kMaxFound) {
+    const int most = most_found();
+    if (most >= Shared::kMaxFound) {
       choose_by_digits(need, out);
     } else {
-      rank(count, need, out);
+      rank(most, need, out);
     }
     __syncthreads();
   }
 
  private:
-  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kWarps = Shared::kWarps;
+  static constexpr int kPiece = 4;  // blocks that a thread reads at once
+  static constexpr int kPieces = 2;
+  static constexpr int kRun = 8;  // lanes whose pieces are neighbours
+  static constexpr int kRoundBlocks = kPieces * kPiece * kThreads;
 
-  // This thread's first block of a round.
-  __device__ __forceinline__ int first_block(int round) const {
-    return together_ * (kThreads * round + kWarps * lane_ + warp_);
+  // Block c of this thread's in a round.
+  __device__ __forceinline__ int block(int round, int c) const {
+    return kPiece * (kThreads * (kPieces * round + c / kPiece) + slot_) + c % kPiece;
   }
   __device__ __forceinline__ bool is_candidate(int block) const {
     return block >= first_ && block < end_;
@@ -103,37 +119,25 @@ class TopCandidates {
     std::uint32_t best = 0;
 #pragma unroll 1
     for (int round = 0; round < rounds_; ++round) {
-      const int first = first_block(round);
-      const int count = first < end_ ? together_ : 0;
-      // One before the first: the last window of a block overlaps the next one.
-      std::uint32_t words[1 + kMostTogether];
-      words[0] = 0;
-      if (together_ == kMostTogether) {
-        uint4 pieces[2];
-        do {
-          look_at(keys_ + first, 4, count / 4, pieces);
-          if (first > 0 && count > 0) look(keys_ + first - 1, words[0]);
-        } while (__any_sync(kAllLanes, !are_there(count / 4, pieces) || !is_there(words[0])));
+      uint4 pieces[kPieces] = {};
+      bool missing;
+      do {
+        missing = false;
 #pragma unroll
-        for (int c = 0; c < kMostTogether; ++c) words[1 + c] = word(pieces[c / 4], c % 4);
-      } else {
-        bool all_there;
-        do {
-          all_there = true;
+        for (int j = 0; j < kPieces; ++j) {
+          if (block(round, kPiece * j) < end_) look(words_ + block(round, kPiece * j), pieces[j]);
+        }
 #pragma unroll
-          for (int c = 0; c <= kMostTogether / 2; ++c) {
-            if (c <= count && count > 0 && first - 1 + c >= 0) {
-              look(keys_ + first - 1 + c, words[c]);
-              all_there &= is_there(words[c]);
-            }
-          }
-        } while (__any_sync(kAllLanes, !all_there));
-      }
-      std::uint32_t key[kMostTogether];
+        for (int j = 0; j < kPieces; ++j) {
+          missing |= !has_both_halves(pieces[j].x | pieces[j].y | pieces[j].z | pieces[j].w);
+        }
+      } while (__any_sync(kAllLanes, missing));
+      std::uint32_t key[kPieces * kPiece];
 #pragma unroll
-      for (int c = 0; c < kMostTogether; ++c) {
-        key[c] = max(words[1 + c] >> 16, words[c] & 0xffff);
-        if (c < count && is_candidate(first + c)) best = max(best, unique(key[c], first + c));
+      for (int c = 0; c < kPieces * kPiece; ++c) {
+        const std::uint32_t both = word(pieces[c / kPiece], c % kPiece);
+        key[c] = max(both >> 16, both & 0xffff);
+        if (is_candidate(block(round, c))) best = max(best, unique(key[c], block(round, c)));
       }
       here(round) = make_uint4(key[0] | key[1] << 16, key[2] | key[3] << 16, key[4] | key[5] << 16,
                                key[6] | key[7] << 16);
@@ -144,70 +148,94 @@ class TopCandidates {
   // The m-th of the warp's bests; 0 if there are fewer.
   __device__ __forceinline__ void find_bound(int m) {
     const std::uint32_t own = shared_.best[threadIdx.x];
-    const auto all = reinterpret_cast<const uint4*>(shared_.best + 32 * warp_);
-    int better = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint4 others = all[i];
-      better += (others.x > own) + (others.y > own) + (others.z > own) + (others.w > own);
-    }
+    const int better = count_better(own, shared_.best + 32 * warp_, 32);
     const std::uint32_t bound = __reduce_min_sync(kAllLanes, better < m ? own : kNothing);
     if (lane_ == 0) shared_.bounds[warp_] = bound;
   }
 
-  // Everything that reaches the bound.
+  // Of `count` numbers, with zeros behind them up to a multiple of 4.
+  __device__ __forceinline__ static int count_better(std::uint32_t own, const std::uint32_t* all,
+                                                     int count) {
+    int better = 0;
+#pragma unroll 4
+    for (int j = 0; j < count; j += 4) {
+      const uint4 others = *reinterpret_cast<const uint4*>(all + j);
+      better += (others.x > own) + (others.y > own) + (others.z > own) + (others.w > own);
+    }
+    return better;
+  }
+
+  // Everything of the warp's that reaches the bound.
   __device__ __forceinline__ void collect() {
     std::uint32_t bound = kNothing;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) bound = min(bound, shared_.bounds[w]);
+    int place = 0;
 #pragma unroll 1
     for (int round = 0; round < rounds_; ++round) {
-      const int first = first_block(round);
       const uint4 keys = here(round);
-      std::uint32_t found[kMostTogether];
+      std::uint32_t found[kPieces * kPiece];
       unsigned reach = 0;  // one bit for each
 #pragma unroll
-      for (int c = 0; c < kMostTogether; ++c) {
-        const std::uint32_t key = word(keys, c / 2) >> (c % 2 * 16) & 0xffff;
-        found[c] = unique(key, first + c);
-        const bool candidate = c < together_ && is_candidate(first + c);
-        reach |= candidate && found[c] >= bound ? 1u << c : 0;
+      for (int c = 0; c < kPieces * kPiece; ++c) {
+        found[c] = unique(word(keys, c / 2) >> (c % 2 * 16) & 0xffff, block(round, c));
+        reach |= is_candidate(block(round, c)) && found[c] >= bound ? 1u << c : 0;
       }
       const int count = __popc(reach);
-      int before = 0;  // of lanes to the left
-      int total = 0;
+      int before = place;  // of lanes to the left
 #pragma unroll
       for (int bit = 0; bit < 4; ++bit) {
         const unsigned lanes = __ballot_sync(kAllLanes, (count >> bit & 1) != 0);
         before += __popc(lanes & ((1u << lane_) - 1)) << bit;
-        total += __popc(lanes) << bit;
+        place += __popc(lanes) << bit;
+      }
+#pragma unroll
+      for (int c = 0; c < kPieces * kPiece; ++c) {
+        const int at = before + __popc(reach & ((1u << c) - 1));
+        if ((reach >> c & 1) != 0 && at < Shared::kMaxFound) shared_.found[warp_][at] = found[c];
+      }
+    }
+    if (lane_ == 0) shared_.counts[warp_] = place;
+  }
+
+  __device__ __forceinline__ void sort() {
+    const int count = min(shared_.counts[warp_], Shared::kMaxFound);
+#pragma unroll 1
+    for (int i = lane_; i < count; i += 32) {
+      const std::uint32_t own = shared_.found[warp_][i];
+      shared_.sorted[warp_][count_better(own, shared_.found[warp_], count)] = own;
+    }
+  }
+
+  __device__ __forceinline__ int most_found() const {
+    int most = 1;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) most = max(most, shared_.counts[w]);
+    return most;
+  }
+
+  // By bisection of each warp's sorted ones, of which there are at most `most`.
+  __device__ __forceinline__ void rank(int most, int need, std::int32_t* out) {
+    const int half = 1 << (31 - __clz(most));
+#pragma unroll 1
+    for (int i = lane_; i < shared_.counts[warp_]; i += 32) {
+      const std::uint32_t own = shared_.sorted[warp_][i];
+      int better[kWarps] = {};
+#pragma unroll 1
+      for (int step = half; step > 0; step /= 2) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          if (shared_.sorted[w][better[w] + step - 1] > own) better[w] += step;
+        }
       }
       int place = 0;
-      if (lane_ == 0) place = atomicAdd(&shared_.count, total);
-      place = __shfl_sync(kAllLanes, place, 0) + before;
 #pragma unroll
-      for (int c = 0; c < kMostTogether; ++c) {
-        const int at = place + __popc(reach & ((1u << c) - 1));
-        if ((reach >> c & 1) != 0 && at < Shared::kMaxFound) shared_.found[at] = found[c];
-      }
+      for (int w = 0; w < kWarps; ++w) place += better[w];
+      if (place < need) out[place] = static_cast<std::int32_t>(0xffff - (own & 0xffff));
     }
   }
 
-  __device__ __forceinline__ void rank(int count, int need, std::int32_t* out) {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-      const std::uint32_t own = shared_.found[i];
-      int better = 0;
-#pragma unroll 4
-      for (int j = 0; j < count; j += 4) {  // zeros behind the last one
-        const uint4 others = *reinterpret_cast<const uint4*>(shared_.found + j);
-        better += (others.x > own) + (others.y > own) + (others.z > own) + (others.w > own);
-      }
-      if (better < need) out[better] = static_cast<std::int32_t>(0xffff - (own & 0xffff));
-    }
-  }
-
-  // Where more keys reach the bound than there is room for.
+  // Where more keys of a warp reach the bound than there is room for.
   __device__ __forceinline__ void choose_by_digits(int need, std::int32_t* out) {
     shared_.radix.clear();
 #pragma unroll 1
@@ -216,9 +244,9 @@ class TopCandidates {
       const uint4 keys = here(round);
       __syncthreads();
 #pragma unroll
-      for (int c = 0; c < kMostTogether; ++c) {
-        if (c < together_ && first_block(round) + c < end_) {
-          shared_.keys[first_block(round) + c] =
+      for (int c = 0; c < kPieces * kPiece; ++c) {
+        if (block(round, c) < end_) {
+          shared_.keys[block(round, c)] =
               static_cast<std::uint16_t>(word(keys, c / 2) >> (c % 2 * 16));
         }
       }
@@ -227,12 +255,12 @@ class TopCandidates {
     choose_blocks<kThreads>(shared_.keys, first_, end_, need, kBf16KeyBits, shared_.radix, out);
   }
 
-  const std::uint32_t* const keys_;
+  const std::uint32_t* const words_;
   const int first_, end_;
-  const int together_;
   const int rounds_;
   Shared& shared_;
   const int warp_, lane_;
+  const int slot_;  // of this thread's pieces among those of all threads
 };
 
 }  // namespace infllm::cuda::decode
