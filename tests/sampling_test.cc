@@ -55,7 +55,8 @@ class TopLogitsTest : public ::testing::TestWithParam<std::string> {
     std::erase_if(order, [&](std::int32_t i) { return row[i] == -INFINITY; });
     std::ranges::stable_sort(order, std::greater(), [&](std::int32_t i) { return row[i]; });
     EXPECT_EQ(got.broken, -1);
-    ASSERT_EQ(got.count, std::min<std::int32_t>(order.size(), TopLogits::kMost));
+    const std::size_t most = temperature > 0 ? TopLogits::kMost : 1;
+    ASSERT_EQ(got.count, std::min(order.size(), most));
     for (std::int32_t i = 0; i < got.count; ++i) {
       ASSERT_EQ(got.token[i], order[i]) << "place " << i;
       ASSERT_EQ(got.logit[i], static_cast<float>(row[order[i]])) << "place " << i;
@@ -102,27 +103,31 @@ TEST_P(TopLogitsTest, OfRowsWithManyEquals) {
   }
   std::vector<double> values;
   for (const auto& row : rows) values.insert(values.end(), row.begin(), row.end());
-  const std::vector<float> temperatures(rows.size(), 1.0f);
-  const std::vector<TopLogits> got = rank(values, kWidth, temperatures);
-  for (std::size_t row = 0; row < rows.size(); ++row) {
-    SCOPED_TRACE(::testing::Message() << "row " << row);
-    expect_row(got[row], rows[row], 1);
+  for (const float temperature : {1.0f, 0.0f}) {
+    const std::vector<TopLogits> got =
+        rank(values, kWidth, std::vector<float>(rows.size(), temperature));
+    for (std::size_t row = 0; row < rows.size(); ++row) {
+      SCOPED_TRACE(::testing::Message() << "row " << row << " at temperature " << temperature);
+      expect_row(got[row], rows[row], temperature);
+    }
   }
 }
 
 TEST_P(TopLogitsTest, BrokenAndForbiddenRowsAreTold) {
   constexpr std::int64_t kWidth = 1000;
-  std::vector<double> values(4 * kWidth, 0.25);
+  std::vector<double> values(5 * kWidth, 0.25);
   values[700] = NAN;
   values[kWidth + 5] = INFINITY;
   values[kWidth + 900] = NAN;
   std::fill_n(values.begin() + 2 * kWidth, kWidth, -INFINITY);
-  const std::vector<TopLogits> got = rank(values, kWidth, {1, 1, 1, 1});
+  const std::vector<TopLogits> got = rank(values, kWidth, {1, 0, 1, 1, 0});
   EXPECT_EQ(got[0].broken, 700);
   EXPECT_EQ(got[1].broken, 5);
   EXPECT_EQ(got[2].broken, -1);
   EXPECT_EQ(got[2].count, 0);
   EXPECT_EQ(got[3].count, TopLogits::kMost);
+  EXPECT_EQ(got[4].count, 1);
+  EXPECT_EQ(got[4].token[0], 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(Columns, TopLogitsTest, ::testing::ValuesIn(kernel_backends()),

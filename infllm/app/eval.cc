@@ -153,7 +153,7 @@ std::string table(const Scores& scores, const std::vector<std::string>& modes) {
     text += fmt::format("| {} | {} |", task, length);
     for (const std::string& each : modes) {
       const Score& score = scores.at({task, length, each});
-      text += fmt::format(" {:.1f}% ({}/{}) | {:.1f}% | {:.1f} |", 100 * score.share(),
+      text += fmt::format(" {:.1f}% ({}/{}) | {:.1f}% | {:.3g} |", 100 * score.share(),
                           score.correct, score.total, 100 * score.visible.share(), score.seconds);
     }
     text += "\n";

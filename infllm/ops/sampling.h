@@ -2,7 +2,8 @@
 //
 // The best logits of each row, so that a sampler need not copy the whole vocabulary from a device:
 //
-//   token, logit   the `count` largest, best first, of equals the smaller id first
+//   token, logit   the `count` largest, best first, of equals the smaller id first: kMost of them,
+//                  or as many as are allowed; one where the temperature is 0
 //   weight         sum over the row of exp((l - largest) / temperature), with which a sampler knows
 //                  what share of the probability it sees; 0 when the temperature is 0
 //
@@ -30,7 +31,7 @@ struct TopLogits {
   static constexpr std::int32_t kMost = 256;
 
   double weight = 0;
-  std::int32_t count = 0;    // the smaller of kMost and the number of allowed tokens
+  std::int32_t count = 0;
   std::int32_t broken = -1;  // a token whose logit is NaN or plus infinity
   float logit[kMost];
   std::int32_t token[kMost];

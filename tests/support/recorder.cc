@@ -79,7 +79,8 @@ TopLogits rank(const double* row, std::int64_t size, float temperature) {
   std::ranges::stable_sort(ids, [&](std::int32_t a, std::int32_t b) {
     return static_cast<float>(row[a]) > static_cast<float>(row[b]);
   });
-  best.count = std::min(static_cast<std::int32_t>(ids.size()), TopLogits::kMost);
+  best.count =
+      std::min(static_cast<std::int32_t>(ids.size()), temperature > 0 ? TopLogits::kMost : 1);
   for (std::int32_t i = 0; i < best.count; ++i) {
     best.token[i] = ids[static_cast<std::size_t>(i)];
     best.logit[i] = static_cast<float>(row[best.token[i]]);

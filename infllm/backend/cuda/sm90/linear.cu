@@ -10,7 +10,8 @@
 //
 // Weights depend on nothing, so the ring is filled before the kernel in front has ended: beside
 // attention, which leaves memory idle. The kernel behind is let in when the last copy has been
-// asked for. What was tried: docs/kernels/hopper-linear.md.
+// asked for. They are read once a step and leave the second-level cache first: instructions, norms'
+// weights and what attention looks at stay. What was tried: docs/kernels/hopper-linear.md.
 #include <cstddef>
 #include <cstdint>
 
@@ -115,7 +116,8 @@ __device__ void load_rows(const Product& p, Shared& shared) {
                               static_cast<std::uint32_t>(count * p.row_bytes));
     for (int k = 0; k < count; ++k) {
       tma_load_1d(&shared.full[cursor.slot], shared.ring[cursor.slot] + k * p.row_bytes,
-                  share.row(row + k), static_cast<std::uint32_t>(p.row_bytes));
+                  share.row(row + k), static_cast<std::uint32_t>(p.row_bytes),
+                  CacheHint::kEvictFirst);
     }
     cursor.advance();
   }

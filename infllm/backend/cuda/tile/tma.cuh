@@ -40,6 +40,15 @@ __device__ __forceinline__ void tma_load_1d(std::uint64_t* barrier, void* to, co
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load_1d(std::uint64_t* barrier, void* to, const void* from,
+                                            std::uint32_t bytes, CacheHint hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(static_cast<std::uint64_t>(hint))
+      : "memory");
+}
+
 __device__ __forceinline__ void tma_load_2d(const CUtensorMap* map, std::uint64_t* barrier,
                                             void* to, std::int32_t c0, std::int32_t c1,
                                             CacheHint hint = CacheHint::kEvictNormal) {
