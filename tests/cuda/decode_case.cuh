@@ -39,7 +39,12 @@ struct Shape {
   bool dense = false;              // nobody is sparse
   std::int32_t layers = 1;         // caches
   std::int32_t max_kv_length = 0;  // host maximum; 0: the longest sequence
+  // The table has no page for every so many blocks, but for a sequence's first; 0: it has them all.
+  std::int32_t missing = 0;
 };
+
+// What a table says where there is no page.
+inline constexpr std::int32_t kNoPages[] = {-1, 1 << 30, -(1 << 30)};
 
 template <typename U>
 class Array {
@@ -159,7 +164,9 @@ struct Case {
     std::int32_t used = 1;  // the first is nobody's
     for (std::int32_t b = 0; b < sequences; ++b) {
       for (std::int32_t i = 0; i < (lengths[b] + 63) / 64; ++i) {
-        host_table[static_cast<std::size_t>(b) * max_pages + i] = order[used++];
+        std::int32_t& page = host_table[static_cast<std::size_t>(b) * max_pages + i];
+        page = order[used++];
+        if (s.missing > 0 && i % s.missing == s.missing - 1) page = kNoPages[i / s.missing % 3];
       }
     }
     start_array = Array<std::int32_t>(start);

@@ -13,10 +13,13 @@
 #include <tuple>
 
 #include "infllm/backend/cuda/decode/attend.h"
+#include "infllm/backend/cuda/decode/row_stream.h"
 #include "infllm/backend/cuda/decode/score_select.h"
 #include "infllm/backend/cuda/decode/select_attend.h"
 #include "tests/cuda/decode_case.cuh"
+#include "tests/cuda/decode_late.cuh"
 #include "tests/cuda/decode_reference.cuh"
+#include "tests/cuda/decode_shapes.cuh"
 #include "tests/cuda/shard.h"
 
 namespace infllm::decode_check {
@@ -24,31 +27,39 @@ namespace {
 
 using cuda::Device;
 
-enum class Way { kPhases, kClusters, kFused };  // fused: score_select and attend in one launch
+// fused and stream: score_select and attend in one launch
+enum class Way { kPhases, kClusters, kFused, kStream };
 std::string_view name_of(Way way) {
-  return way == Way::kPhases ? "phases  " : way == Way::kClusters ? "clusters" : "fused   ";
+  constexpr std::string_view kNames[] = {"phases  ", "clusters", "fused   ", "stream  "};
+  return kNames[static_cast<int>(way)];
 }
 
 // Both rows of one step.
 struct Steps {
-  explicit Steps(Way one) : way(one), clusters(one == Way::kClusters) {}
+  // settled: nobody but the kernel in front writes to the cache.
+  Steps(Way one, bool is_settled)
+      : way(one), clusters(one == Way::kClusters), settled(is_settled) {}
 
-  static SelectAttendParams both(const Case& c, int layer) {
-    return {c.score_select(layer), c.attend(layer, false)};
+  SelectAttendParams both(const Case& c, int layer) const {
+    return {c.score_select(layer), c.attend(layer, false), settled};
   }
+  bool one_launch() const { return way == Way::kFused || way == Way::kStream; }
   bool covers(const Backend& backend, const Case& c) const {
-    return way != Way::kFused ||
-           (!c.shape.dense && cuda::decode::select_attends(backend, both(c, 0)));
+    if (!one_launch()) return true;
+    if (c.shape.dense) return false;
+    return way == Way::kFused ? cuda::decode::select_attends(backend, both(c, 0))
+                              : cuda::decode::streams_rows(backend, both(c, 0));
   }
   std::size_t bytes(const Backend& backend, const Case& c) const {
-    if (way == Way::kFused) return 256;
+    if (one_launch()) return 256;
     return cuda::decode::score_select_bytes(backend, c.score_select(0)) +
            cuda::decode::attend_bytes(backend, c.attend(0, false)) + 256;
   }
   void run(const Backend& backend, const Case& c, int layer, bool early,
            std::span<std::byte> work) const {
-    if (way == Way::kFused) {
-      must(cuda::decode::select_attend(backend, both(c, layer), work));
+    if (one_launch()) {
+      must(way == Way::kFused ? cuda::decode::select_attend(backend, both(c, layer), work)
+                              : cuda::decode::stream_rows(backend, both(c, layer), work));
       return;
     }
     score(backend, c, layer, work);
@@ -66,7 +77,7 @@ struct Steps {
   }
 
   Way way;
-  bool clusters;
+  bool clusters, settled;
 };
 
 class Graph {
@@ -110,8 +121,9 @@ bool check(const Backend& backend, const Shape& shape, bool once) {
   for (const auto& [way, early] : {std::tuple{Way::kClusters, true},
                                    {Way::kClusters, false},
                                    {Way::kPhases, true},
-                                   {Way::kFused, false}}) {
-    const Steps steps(way);
+                                   {Way::kFused, false},
+                                   {Way::kStream, false}}) {
+    const Steps steps(way, false);
     if (!steps.covers(backend, c)) continue;
     Array<std::byte> memory(steps.bytes(backend, c));
     const std::span<std::byte> work(memory.get(), memory.size());
@@ -141,6 +153,14 @@ bool check(const Backend& backend, const Shape& shape, bool once) {
                 graph.replay();
                 graph.replay();
               }).same(eager);
+      if (!steps.one_launch()) return same;
+      Newest newest(c);
+      const Graph late(backend, [&] {
+        newest.show_late(cuda::device_of(backend));
+        Steps(steps.way, true).run(backend, c, 0, false, work);
+      });
+      newest.hide(cuda::device_of(backend));
+      same &= fresh([&] { late.replay(); }).same(eager);
       return same;
     };
     const bool same = once || repeats();
@@ -154,131 +174,6 @@ bool check(const Backend& backend, const Shape& shape, bool once) {
     std::fflush(stdout);
   }
   return good;
-}
-
-// A budget of 6 blocks, 2 of them local before the own one; always sparse.
-SparseConfig small_config() {
-  SparseConfig config;
-  config.window_size = 128;
-  config.topk = 4;
-  config.dense_len = -1;
-  return config;
-}
-
-std::vector<Shape> shapes(bool tiny) {
-  const std::vector<std::int32_t> edges = {1,   15,  16,  17,  31,  32,  33,   63,   64,   65,
-                                           0,   127, 128, 129, 191, 192, 193,  383,  384,  385,
-                                           386, 399, 400, 447, 448, 449, 1000, 2047, 2048, 2049};
-  const std::vector<std::int32_t> few = {1, 64, 0, 129, 385, 1000};
-  std::vector<Shape> all;
-  const auto add = [&](Shape s, std::string name) {
-    s.name = std::move(name);
-    all.push_back(std::move(s));
-  };
-  if (tiny) {
-    add({.lengths = {385, 1000}, .heads_q = 8, .config = small_config()}, "tiny_few");
-    add({.lengths = few, .heads_q = 8, .config = small_config()}, "tiny_d128");
-    add({.lengths = few,
-         .heads_q = 2,
-         .head_dim = 64,
-         .dtype = DType::kF16,
-         .config = small_config()},
-        "tiny_d64_f16");
-    add({.lengths = few, .heads_q = 8, .dense = true}, "tiny_dense");
-    return all;
-  }
-  for (const int group : {1, 2, 4, 7, 8, 16, 32}) {
-    add({.lengths = edges, .heads_q = 2 * group, .config = small_config()},
-        "edges_g" + std::to_string(group) + "_d128");
-    add({.lengths = edges,
-         .heads_q = group,
-         .heads_kv = 1,
-         .head_dim = 64,
-         .dtype = DType::kF16,
-         .config = small_config()},
-        "edges_g" + std::to_string(group) + "_d64_f16");
-  }
-  add({.lengths = edges, .heads_q = 48, .heads_kv = 1, .dense = true}, "edges_dense_g48");
-  add({.lengths = edges, .heads_q = 8, .dense = true}, "edges_dense");
-  Shape s{.lengths = edges, .heads_q = 16, .config = small_config()};
-  s.content = Content::kZeroQueries;
-  add(s, "edges_zero_queries");
-  s.content = Content::kRepeatedKeys;
-  add(s, "edges_ties");
-  s.config.score_rounding = ScoreRounding::kNone;
-  add(s, "edges_ties_unrounded");
-  s.content = Content::kNatural;
-  add(s, "edges_unrounded");
-  s.config.lse_source = LseSource::kFine;
-  add(s, "edges_fine_lse");
-  s = {.lengths = edges, .heads_q = 16, .config = small_config()};
-  s.config.legacy_window = true;
-  add(s, "edges_legacy_window");
-  s.config = small_config();
-  s.config.init_blocks = 0;
-  add(s, "edges_no_sink");
-  s.config.init_blocks = 5;
-  add(s, "edges_5_sinks");
-  s.config.init_blocks = 9;  // more forced blocks than the budget holds
-  add(s, "edges_9_sinks");
-  s.config = small_config();
-  s.config.window_size = 0;
-  add(s, "edges_no_window");
-  s.config.topk = 1;
-  add(s, "edges_budget_1");
-  // Few rows, so that many thread blocks share one.
-  for (const int group : {1, 4, 7, 16}) {
-    for (const auto& lengths :
-         {std::vector<std::int32_t>{385}, {449, 2049}, {0, 64, 33, 400}, {31, 6209, 1}}) {
-      add({.lengths = lengths, .heads_q = 2 * group, .config = small_config()},
-          "few_" + std::to_string(lengths.size()) + "_g" + std::to_string(group));
-    }
-    add({.lengths = {3000, 20001},
-         .heads_q = group,
-         .heads_kv = 1,
-         .head_dim = 64,
-         .dtype = DType::kF16,
-         .config = small_config()},
-        "few_g" + std::to_string(group) + "_d64_f16");
-  }
-  s = {.lengths = {9000, 500, 40000}, .heads_q = 8, .config = small_config()};
-  s.config.lse_source = LseSource::kFine;
-  add(s, "few_fine_lse");
-  s.config = small_config();
-  s.config.init_blocks = 0;
-  s.config.legacy_window = true;
-  add(s, "few_no_sink");
-  s.content = Content::kRepeatedKeys;
-  add(s, "few_ties");
-  s = {.lengths = {9000, 500, 40000}};
-  s.config.dense_len = 8192;
-  add(s, "few_mixed");
-  // The released numbers.
-  s = {.lengths = {6143, 6144, 6145, 6208, 6209, 8191, 8192, 8193, 300, 0, 12345, 16384, 31000}};
-  add(s, "released");
-  s.config.dense_len = 8192;
-  s.max_kv_length = 131072;
-  add(s, "released_in_a_large_graph");
-  s.lengths = {70001};
-  add(s, "released_one");
-  s.lengths = {66000, 131072, 9000};
-  s.max_kv_length = 0;
-  add(s, "released_three");
-  s.lengths = {40001};
-  s.dense = true;
-  add(s, "dense_40k");
-  s.lengths.assign(40, 0);
-  for (int i = 0; i < 40; ++i) s.lengths[i] = 1 + 997 * i % 4967;
-  add(s, "dense_ragged_40");
-  s.dense = false;
-  s.config.dense_len = 4000;
-  add(s, "mixed_ragged_40");
-  s.lengths.assign(150, 0);
-  for (int i = 0; i < 150; ++i) s.lengths[i] = 1 + 997 * i % 4967;
-  s.config = small_config();
-  s.heads_q = 8;
-  add(s, "ragged_150");
-  return all;
 }
 
 // Median microseconds of a layer out of graphs of all layers.
@@ -296,7 +191,7 @@ void report(const Backend& backend, int batch, int context, bool dense, Way way)
   Shape s{.lengths = std::vector<std::int32_t>(batch, context), .dense = dense};
   s.layers = std::clamp(static_cast<int>(30e9 / cache), 2, 32);
   const Case c(s);
-  const Steps steps(way);
+  const Steps steps(way, true);
   if (!steps.covers(backend, c)) return;
   Array<std::byte> memory(steps.bytes(backend, c));
   const std::span<std::byte> work(memory.get(), memory.size());
@@ -309,7 +204,7 @@ void report(const Backend& backend, int batch, int context, bool dense, Way way)
   };
   std::printf("batch %3d x %4dK %s %s", batch, context / 1024, dense ? "dense " : "sparse",
               name_of(way).data());
-  if (!dense && way != Way::kFused) {
+  if (!dense && !steps.one_launch()) {
     line("score_select", time(backend, c, score), pooled);
     line("attend", time(backend, c, [&](int i) { steps.attend(backend, c, i, false, work); }),
          keys);
@@ -335,10 +230,10 @@ int run(const std::vector<std::string>& words) {
   backend.state = device.value();
   if (what == "time" && words.size() > 1) {
     for (std::size_t i = 1; i + 1 < words.size(); i += 2) {
-      report(backend, std::stoi(words[i]), 1024 * std::stoi(words[i + 1]),
-             words[i + 1].ends_with("dense"), Way::kClusters);
-      report(backend, std::stoi(words[i]), 1024 * std::stoi(words[i + 1]),
-             words[i + 1].ends_with("dense"), Way::kFused);
+      for (const Way way : {Way::kClusters, Way::kFused, Way::kStream}) {
+        report(backend, std::stoi(words[i]), 1024 * std::stoi(words[i + 1]),
+               words[i + 1].ends_with("dense"), way);
+      }
     }
     return 0;
   }
@@ -354,8 +249,9 @@ int run(const std::vector<std::string>& words) {
                                          {64, 32},
                                          {64, 128},
                                          {256, 16}}) {
-      report(backend, batch, 1024 * context, false, Way::kClusters);
-      report(backend, batch, 1024 * context, false, Way::kFused);
+      for (const Way way : {Way::kClusters, Way::kFused, Way::kStream}) {
+        report(backend, batch, 1024 * context, false, way);
+      }
     }
     report(backend, 1, 131072, false, Way::kPhases);
     report(backend, 16, 131072, false, Way::kPhases);

@@ -81,6 +81,11 @@ class Reference {
   }
 
  private:
+  bool has_page(int sequence, int block) const {
+    const std::int32_t page =
+        c_.host_table[static_cast<std::size_t>(sequence) * c_.batch.max_pages + block];
+    return page >= 0 && page < c_.pools[0].num_pages;
+  }
   // Element i of the plane at `offset` of the page of `block`.
   double at(int sequence, int block, std::int64_t offset, std::int64_t i) const {
     const std::int64_t page =
@@ -122,12 +127,17 @@ class Reference {
       const std::vector<double> q = query(token, h);
       std::vector<double> a(fine), n(from_coarse ? coarse : fine);
       for (int j = 0; j < fine; ++j) {
-        a[j] = logit(q, sequence, j / 4, map_.fine(group), j % 4, magnitude);
+        a[j] = has_page(sequence, j / 4)
+                   ? logit(q, sequence, j / 4, map_.fine(group), j % 4, magnitude)
+                   : -kInf;
       }
-      for (std::size_t m = 0; m < n.size(); ++m) {
-        n[m] = from_coarse
-                   ? logit(q, sequence, static_cast<int>(m), map_.coarse(group), 0, magnitude)
-                   : a[m];
+      for (int m = 0; m < static_cast<int>(n.size()); ++m) {
+        if (!from_coarse) {
+          n[m] = a[m];
+        } else {
+          n[m] = has_page(sequence, m) ? logit(q, sequence, m, map_.coarse(group), 0, magnitude)
+                                       : -kInf;
+        }
       }
       if (n.empty()) continue;
       const double top = *std::max_element(n.begin(), n.end());
@@ -139,7 +149,7 @@ class Reference {
     std::vector<double> scores(end, -kInf);
     for (int b = 0; b < end; ++b) {
       for (int j = std::max(0, 4 * b - 1); j < std::min(4 * b + 4, fine); ++j) {
-        scores[b] = std::max(scores[b], sums[j]);
+        if (has_page(sequence, j / 4)) scores[b] = std::max(scores[b], sums[j]);
       }
     }
     return scores;
@@ -233,6 +243,7 @@ class Reference {
     } else {
       for (int b = 0; b < (length + 63) / 64; ++b) blocks.push_back(b);
     }
+    std::erase_if(blocks, [&](int b) { return !has_page(sequence, b); });
     const int heads = s_.heads_q / s_.heads_kv;
     std::vector<double> x;
     for (int h = group * heads; h < (group + 1) * heads; ++h) {

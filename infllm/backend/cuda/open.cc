@@ -10,6 +10,7 @@
 #include "infllm/backend/cuda/align/align.h"
 #include "infllm/backend/cuda/backward/attend_backward.h"
 #include "infllm/backend/cuda/decode/attend.h"
+#include "infllm/backend/cuda/decode/row_stream.h"
 #include "infllm/backend/cuda/decode/score_select.h"
 #include "infllm/backend/cuda/decode/select_attend.h"
 #include "infllm/backend/cuda/device.h"
@@ -80,6 +81,17 @@ bool hopper_score_selects(const Backend& backend, const ScoreSelectParams& p) {
   return decode::scores(backend, p) || sm90::score_selects(backend, p);
 }
 
+// Few rows have sixteen multiprocessors each, more of them a few or one.
+bool hopper_select_attends(const Backend& backend, const SelectAttendParams& p) {
+  return decode::select_attends(backend, p) || decode::streams_rows(backend, p);
+}
+
+Status hopper_select_attend(const Backend& backend, const SelectAttendParams& p,
+                            Workspace workspace) {
+  return decode::select_attends(backend, p) ? decode::select_attend(backend, p, workspace)
+                                            : decode::stream_rows(backend, p, workspace);
+}
+
 bool is_aligned(const void* x) { return reinterpret_cast<std::uintptr_t>(x) % 16 == 0; }
 
 Status hopper_linear(const Backend& backend, const LinearParams& p, Workspace workspace) {
@@ -145,7 +157,7 @@ Kernels hopper() {
   table.score_select = {&hopper_score_select, &hopper_score_select_bytes, &hopper_score_selects};
   table.attend = {&hopper_attend, &hopper_attend_bytes};
   table.attend_backward = {&hopper_attend_backward, &hopper_attend_backward_bytes};
-  table.select_attend = {&decode::select_attend, nullptr, &decode::select_attends};
+  table.select_attend = {&hopper_select_attend, nullptr, &hopper_select_attends};
   table.linear = {&hopper_linear, &hopper_linear_bytes, &hopper_fuses};
   return table;
 }

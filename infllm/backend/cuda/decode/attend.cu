@@ -183,7 +183,9 @@ class Split {
       tile::cp_async_commit();
       if (i < first) continue;
       const int count = ring.counts[stage];
-      if (count > 0) attention_.template add<Ring>(ring.stages[stage], count);
+      if (count > 0) {
+        attention_.template add<Ring>(ring.stages[stage].keys, ring.stages[stage].values, count);
+      }
       if (++stage == S::kStages) stage = 0;
     }
     __syncwarp();

@@ -11,7 +11,8 @@ namespace infllm::cuda::decode {
 template <typename T, int kDim>
 class WarpAttention {
  public:
-  // q: 16 heads, as Ring::fetch_rows() leaves rows behind; those that do not exist are zero.
+  // Rows are 16 bytes at a time at Ring::at(row, piece).
+  // q: 16 heads; those that do not exist are zero.
   template <typename Ring>
   __device__ __forceinline__ void load_queries(const T* q) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -32,26 +33,37 @@ class WarpAttention {
     }
   }
 
-  // Adds a stage of the ring that has arrived, of `count` > 0 tokens.
+  // Products of the heads with rows 0 .. 7 and 8 .. 15 of sixteen keys: x[i][2 r + j] is of head
+  // lane / 4 + 8 r and row 8 i + 2 (lane % 4) + j.
   template <typename Ring>
-  __device__ __forceinline__ void add(const typename Ring::Stage& stage, int count) {
+  __device__ __forceinline__ void logits(const T* rows, float (&x)[2][4]) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    // Logits of heads by tokens 0 .. 7 and 8 .. 15.
-    float x[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[i][j] = 0;
+    }
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      std::uint32_t keys[4];  // tokens 0 .. 7: both halves of the 16 elements; then tokens 8 .. 15
-      tile::ldmatrix_x4(keys,
-                        stage.keys + Ring::at(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      std::uint32_t keys[4];  // rows 0 .. 7: both halves of the 16 elements; then rows 8 .. 15
+      tile::ldmatrix_x4(keys, rows + Ring::at(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
       tile::mma_m16n8k16<T>(x[0], q_[k], {keys[0], keys[1]});
       tile::mma_m16n8k16<T>(x[1], q_[k], {keys[2], keys[3]});
     }
+  }
+
+  // Adds 16 tokens, of which `count` > 0 exist.
+  template <typename Ring>
+  __device__ __forceinline__ void add(const T* keys, const T* values_of, int count) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    float x[2][4];
+    logits<Ring>(keys, x);
     std::uint32_t weights[4];
     soften(x, count, weights);
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
       std::uint32_t values[4];  // columns 0 .. 7: tokens 0 .. 7, 8 .. 15; then columns 8 .. 15
-      tile::ldmatrix_x4_trans(values, stage.values + Ring::at(lane % 16, 2 * i + lane / 16));
+      tile::ldmatrix_x4_trans(values, values_of + Ring::at(lane % 16, 2 * i + lane / 16));
       tile::mma_m16n8k16<T>(o_[2 * i], weights, {values[0], values[1]});
       tile::mma_m16n8k16<T>(o_[2 * i + 1], weights, {values[2], values[3]});
     }
