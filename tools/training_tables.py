@@ -2,7 +2,7 @@
 """Tables of bench/results/training/*.jsonl for docs/training.md; render_results.py calls it.
 
 Records: adapt.task, adapt.perplexity, adapt.step and adapt.run of examples/adapt, and scale.* of
-python/tests/scale.py. The paper's numbers (arXiv 2509.24663, tables 1 and 4) stand beside them.
+python/tests/scale.py; beside them the training log in examples/adapt. The paper's numbers (arXiv 2509.24663, tables 1 and 4) stand beside them.
 """
 
 import json
@@ -28,6 +28,7 @@ ARMS = {
     "aligned": "(d) sparse, selection taught",
 }
 LONG = 32768
+FIRST = "h200-first"  # the model name in records of the first, shorter run
 PAPER_NOTE = ("The paper's (b) sparse / (a) dense at 32K: 98.1 % over RULER's thirteen tasks, 97.0 % "
               "over these eleven.\n")
 
@@ -138,6 +139,12 @@ def with_error(value, error):
     return "" if value is None else f"{value:.1f} ± {error:.1f} %"
 
 
+def told(head, rows):
+    """Head and rows without the columns that say nothing."""
+    kept = [i for i in range(len(head)) if any(row[i] != "" for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def mean_table(score):
     """Every reading at every length."""
     rows = [[kilo(length), *(one(score(arm, attention, length))
@@ -145,7 +152,7 @@ def mean_table(score):
              one(score.error("dense", "dense", length))] for length in score.lengths()]
     letters = ("(c)", "(a)", "(b)", "(d)")
     head = [f"{letter} read {a}" for letter in letters for a in ("dense", "sparse")]
-    return table(["tokens", *head, "± of (a) read dense"], rows)
+    return table(*told(["tokens", *head, "± of (a) read dense"], rows))
 
 
 # Of what a reading keeps, and of which: (first, second) of Scores.ratio.
@@ -164,7 +171,7 @@ BEFORE = {f"{letter} / (c)": ((arm, "dense"), ("short", "dense"))
 def ratio_table(score, ratios, lengths):
     rows = [[kilo(length), *(with_error(*score.ratio(*pair, length)) for pair in ratios.values())]
             for length in lengths]
-    return table(["tokens", *ratios], rows)
+    return table(*told(["tokens", *ratios], rows))
 
 
 def seed_table(records, score):
@@ -219,6 +226,26 @@ def perplexity_table(records):
     return table(["continued", "read", *map(kilo, lengths)], rows)
 
 
+def log_table(log):
+    """Losses of the answers in training, early and late, of the same steps in every arm."""
+    arms = [arm for arm in ARMS if any(r["arm"] == arm and r["phase"] == "adapt" for r in log)]
+    steps = {arm: {r["step"]: r for r in log if r["phase"] == "adapt" and r["arm"] == arm and r["answer_loss"]}
+             for arm in arms}
+    common = sorted(set.intersection(*(set(each) for each in steps.values()))) if arms else []
+    if not common:
+        return ""
+    third = (common[-1] + 1) // 3
+    parts = [[s for s in common if i * third <= s < (i + 1) * third] for i in range(3)]
+    rows = []
+    for length in sorted({steps[arms[0]][s]["length"] for s in common}):
+        which = [[s for s in part if steps[arms[0]][s]["length"] == length] for part in parts]
+        if all(which):
+            cells = (" -> ".join(one(statistics.median(steps[arm][s]["answer_loss"] for s in part), 2)
+                                 for part in which) for arm in arms)
+            rows.append([kilo(length), ", ".join(str(len(part)) for part in which), *cells])
+    return table(["tokens", "steps in the log", *(ARMS[arm] for arm in arms)], rows)
+
+
 def cost_table(records):
     rows = [[ARMS.get(r["arm"], r["arm"]) if r["phase"] == "adapt" else "short, dense", r["seed"], r["steps"],
              f'{r["tokens"] / 1e6:.1f} M', r["processes"], f'{r["seconds"]:.0f} s',
@@ -261,7 +288,20 @@ def scale_table(records):
     return table(["what", "on", "shape", "error", "bound", "ms", "ms, one"], rows)
 
 
-def tables(records):
+def first_run(records):
+    """What the first run kept and cost."""
+    score = Scores(records)
+    if not score.lengths():
+        return []
+    lengths = [n for n in score.lengths() if n not in short_lengths(score)]
+    return ["### The first run\n",
+            "16 heads of 64 over two KV heads, 900 steps, taught by each sample's last rows and by any.\n",
+            ratio_table(score, KEPT, lengths), cost_table(records), step_table(records)]
+
+
+def tables(records, log=()):
+    earlier = [r for r in records if r.get("model") == FIRST]
+    records = [r for r in records if r.get("model") != FIRST]
     names = {r["name"] for r in records}
     score, out = Scores(records), []
     if score.lengths():
@@ -279,10 +319,14 @@ def tables(records):
     if "adapt.perplexity" in names:
         out += ["### Held-out perplexity of the same tokens after more and more text\n",
                 perplexity_table(records)]
+    in_training = log_table(log)
+    if in_training:
+        out += ["### Loss of the answers in training, each third of the steps\n", in_training]
     if "adapt.run" in names:
         out += ["### Cost\n", cost_table(records)]
     if "adapt.step" in names:
         out += ["### A training step\n", step_table(records)]
+    out += first_run(earlier)
     if any(name.startswith("scale.") for name in names):
         out += ["### Several processes against one\n", scale_table(records)]
     return "\n".join(out) or "No results yet.\n"
@@ -290,19 +334,31 @@ def tables(records):
 
 def summary(root):
     """What README.md says of the experiment; nothing where it has not been made."""
-    score = Scores(load(root / "bench/results/training"))
-    lengths = [n for n in score.lengths() if n not in short_lengths(score)]
-    taught, plain = (
-        ", ".join(f"{with_error(*score.ratio(*KEPT[name], n))} at {kilo(n)}" for n in lengths
-                  if score.ratio(*KEPT[name], n)[0] is not None)
-        for name in ("(d) sparse / (a) dense", "(b) sparse / (a) dense"))
-    if not taught or not plain:
+    records = load(root / "bench/results/training")
+    score = Scores([r for r in records if r.get("model") != FIRST])
+    first = Scores([r for r in records if r.get("model") == FIRST])
+
+    def kept(of, name):
+        lengths = [n for n in of.lengths() if n not in short_lengths(of)]
+        return ", ".join(f"{with_error(*of.ratio(*KEPT[name], n))} at {kilo(n)}" for n in lengths
+                         if of.ratio(*KEPT[name], n)[0] is not None)
+
+    taught, own = (kept(score, name) for name in ("(d) sparse / (a) dense", "(d) sparse / (d) dense"))
+    plain = kept(first, "(b) sparse / (a) dense")
+    if not taught or not own:
         return ""
     return ("\nA model of 65 M parameters, trained short and dense and continued at up to 32K, read sparse: "
-            f"with its selection taught it keeps {taught} of what continuing it dense gives; untaught, {plain}. "
+            f"with its selection taught it keeps {own} of what it answers when read dense; beside continuing it "
+            f"dense, which has no such teaching, that is {taught}"
+            + (f"; untaught, in a shorter run, {plain}" if plain else "") + ". "
             "Setting and limits: [docs/training.md](docs/training.md).\n")
+
+
+def logged(root):
+    path = root / "examples/adapt/training_log.jsonl"
+    return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def rendered(root):
     return region.rendered(root / "docs/training.md", "training", "tools/training_tables.py",
-                           lambda: tables(load(root / "bench/results/training")))
+                           lambda: tables(load(root / "bench/results/training"), logged(root)))

@@ -28,8 +28,8 @@ class TrainingTablesTest(unittest.TestCase):
         # a - 0.75 b is 1/4, -3/4 and 0 in 6, 2 and 2 of ten cases: variance 1/6; b's: 8/45.
         error = 100 * math.sqrt(11 / 6 / 10) / 11 / 0.8
         base = 100 * math.sqrt(11 * 8 / 45 / 10) / 11
-        self.assertIn(f"| 32K | 75.0 ± {error:.1f} % |  |  |  |  |", text)
-        self.assertIn(f"| 32K |  |  | 80.0 |  |  | 60.0 |  |  | {base:.1f} |", text)
+        self.assertIn(f"| 32K | 75.0 ± {error:.1f} % |\n", text)
+        self.assertIn(f"| 32K | 80.0 | 60.0 | {base:.1f} |", text)
 
     def test_a_ratio_is_of_the_cases_that_both_have(self):
         few = [dict(r, each=r["each"][:6], total=6) for r in all_tasks("short", "dense", 8)]
@@ -56,18 +56,37 @@ class TrainingTablesTest(unittest.TestCase):
         ratio, _ = training_tables.Scores(records).ratio(("dense", "dense"), ("short", "dense"), 32768)
         self.assertAlmostEqual(60.0, ratio)
 
-    def test_the_summary_is_of_both_sparse_runs(self):
+    def test_the_summary_is_of_both_runs(self):
         with tempfile.TemporaryDirectory() as folder:
             root = pathlib.Path(folder)
             self.assertEqual("", training_tables.summary(root))
             (root / "bench/results/training").mkdir(parents=True)
-            records = all_tasks("dense", "dense", 8)
-            records += all_tasks("aligned", "sparse", 8) + all_tasks("sparse", "sparse", 4)
+            records = all_tasks("dense", "dense", 8) + all_tasks("aligned", "dense", 10)
+            records += all_tasks("aligned", "sparse", 8)
+            first = all_tasks("dense", "dense", 8) + all_tasks("sparse", "sparse", 4)
+            records += [dict(r, model=training_tables.FIRST) for r in first]
             (root / "bench/results/training/a.jsonl").write_text(
                 "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
             text = training_tables.summary(root)
-            self.assertIn("it keeps 100.0 ± 0.0 % at 32K of", text)
-            self.assertIn("untaught, 50.0 ± ", text)
+            self.assertIn("it keeps 80.0 ± ", text)
+            self.assertIn("that is 100.0 ± 0.0 % at 32K", text)
+            self.assertIn("untaught, in a shorter run, 50.0 ± ", text)
+
+    def test_the_first_run_stands_apart(self):
+        first = all_tasks("dense", "dense", 8) + all_tasks("sparse", "sparse", 4)
+        records = all_tasks("dense", "dense", 10) + [dict(r, model=training_tables.FIRST) for r in first]
+        main, _, after = training_tables.tables(records).partition("### The first run")
+        self.assertIn("| 100.0 |", main)
+        self.assertNotIn("50.0 ±", main)
+        self.assertIn("| 50.0 ±", after)
+
+    def test_losses_are_of_the_steps_that_all_arms_have(self):
+        log = [{"phase": "adapt", "arm": arm, "step": step, "length": 4096, "answer_loss": loss * (step + 1)}
+               for arm, loss in (("dense", 0.1), ("sparse", 0.2)) for step in range(9)]
+        log += [dict(log[0], step=0, answer_loss=0.0, arm="aligned")]  # text alone: nothing to answer
+        log += [dict(log[0], arm="aligned", step=step, answer_loss=1.0) for step in (1, 4, 8)]
+        self.assertIn("| 4K | 1, 1, 1 | 0.20 -> 0.50 -> 0.90 | 0.40 -> 1.00 -> 1.80 | 1.00 -> 1.00 -> 1.00 |",
+                      training_tables.log_table(log))
 
     def test_fewer_blocks_stand_apart(self):
         records = all_tasks("aligned", "dense", 8) + all_tasks("aligned", "sparse", 4, blocks=40)

@@ -131,15 +131,13 @@ def plan(args, gpus: int, workers: int, end: float) -> list:
     first, *others = args.seeds
     for arm in ARMS:
         train(arm, first, arm)
-    evaluate("short", "short", first, "evaluate-short", *FEWER["short"])
-    evaluate("dense", "dense", first, "evaluate-dense", *FEWER["dense"])
-    evaluate("aligned", "aligned", first, "evaluate-aligned", *FEWER["aligned"])
+    for arm in ("short", *ARMS):
+        evaluate(arm, arm, first, f"evaluate-{arm}", *FEWER[arm])
     step = (python, HERE / "bench_step.py", *common, "--out", out / "step.jsonl")
     jobs.append(Job("step", (*step, "--model", out / "aligned/model"), ("aligned",)))
     again = [(arm, seed, f"{arm}-{seed}") for seed in others for arm in args.again]
     for arm, seed, name in again:
         train(arm, seed, name)
-    evaluate("sparse", "sparse", first, "evaluate-sparse", *FEWER["sparse"])
     for arm, seed, name in again:
         evaluate(name, arm, seed, f"evaluate-{name}", *FEWER[arm], "--no-text")
     for topk in (32, 8):  # 64 and 40 of the 96 blocks that it was continued with
