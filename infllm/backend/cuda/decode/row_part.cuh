@@ -134,13 +134,16 @@ class Part {
   }
 
   __device__ __forceinline__ void run() {
+    // What the kernel behind reads before its turn is in the way of long rows' windows.
+    const bool is_long = score_items_ > 2 * places_;
+    if (!is_long) start_next();
     std::uint32_t* const words = a_.results + row_ * parts_ * kPartWords;
     const std::uint32_t count = Results::look_at_count(words, parts_);
     if (chooses()) {
       score();
       if (a_.q != a_.q_score) q_.load(queries(a_.q), group_);
     }
-    start_next();  // not before: the loads of the kernel behind would hold up this one's
+    if (is_long) start_next();
     const Results results(words, part_, parts_, count);
     results.clear();                  // while keys come
     if (!chooses()) __syncthreads();  // as there is one before the list otherwise
