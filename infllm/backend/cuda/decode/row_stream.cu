@@ -17,7 +17,10 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(1024) std::byte memory[];
   auto& shared = *reinterpret_cast<StreamShared<T, kDim>*>(memory);
+  // The row that it will nearly always be.
+  const WarmSequence warm(a.batch, static_cast<int>(blockIdx.x) / a.parts / a.pool.map.heads);
   const int number = take_number(a.arrivals, static_cast<int>(gridDim.x), shared.number);
+  warm.wait(shared.list);
   const int row = number / a.parts;
   Sequence sequence(a.batch, row / a.pool.map.heads);
   sequence.length = min(sequence.length, a.batch.max_kv_length);

@@ -20,7 +20,7 @@ namespace infllm::cuda::decode {
 inline constexpr int kStreamWarps = 8;
 inline constexpr int kStreamThreads = 32 * kStreamWarps;
 inline constexpr int kMaxStreamParts = kStreamThreads / kRowHeads;
-inline constexpr int kMaxStreamColumns = 256;
+inline constexpr int kMaxStreamColumns = kStreamThreads;
 
 struct StreamArgs {
   CUtensorMap planes;  // {64, 64 tokens, panels, keys and values of all heads, pages}
@@ -46,6 +46,37 @@ struct StreamArgs {
   std::uint32_t* keys;         // [rows][key_stride], packed
   int key_stride;
   std::uint32_t* arrivals;  // of thread blocks, less one
+};
+
+// What is known of a sequence, and its page table as far as one load a thread goes, into L1, all at
+// once. The loads have no conditions; their results go where nobody looks, as loads whose results
+// nobody takes are not made.
+class WarmSequence {
+ public:
+  __device__ __forceinline__ WarmSequence(const Batch& batch, int sequence) {
+    constexpr int kSector = 8;
+    const int thread = static_cast<int>(threadIdx.x);
+    load(batch.page_table + std::int64_t{sequence} * batch.max_pages +
+             min(kSector * thread, batch.max_pages - 1),
+         words_[0]);
+    const void* from = batch.kv_length + sequence;
+    if (thread == 0) from = batch.query_start + sequence;
+    if (thread == 1) from = batch.query_start + sequence + 1;
+    if (thread == 2 && batch.any_sparse) from = batch.sparse + sequence;
+    load(from, words_[1]);
+  }
+
+  // anywhere: a word for each thread.
+  __device__ __forceinline__ void wait(std::int32_t* anywhere) const {
+    anywhere[threadIdx.x] = static_cast<std::int32_t>(words_[0] ^ words_[1]);
+  }
+
+ private:
+  __device__ __forceinline__ static void load(const void* from, std::uint32_t& word) {
+    asm volatile("ld.global.ca.u8 %0, [%1];" : "=r"(word) : "l"(from));
+  }
+
+  std::uint32_t words_[2];
 };
 
 // Which thread block this is, in the order in which they start; by all threads. A row's parts have
@@ -152,15 +183,8 @@ class RowStream {
   }
 
  private:
-  // The row's page table into L1, the queries and the counts of results into L2.
+  // The queries and the counts of results into L2.
   __device__ __forceinline__ void warm() const {
-    constexpr int kSector = 8;
-#pragma unroll 1
-    for (int block = kSector * static_cast<int>(threadIdx.x);
-         block < min(own_ + 1, sequence_.max_pages); block += kSector * kStreamThreads) {
-      std::int32_t page;
-      asm volatile("ld.global.ca.b32 %0, [%1];" : "=r"(page) : "l"(sequence_.table + block));
-    }
     const T* const q = queries(warp_ == 0 ? a_.q : a_.q_score);
     if (warp_ < 2 && lane_ == 0) prefetch(q, group_ * kDim * static_cast<int>(sizeof(T)));
     if (warp_ == 2 && lane_ < parts_) prefetch(words() + lane_ * kPartWords + 2 * kSetWords, 32);
