@@ -56,6 +56,27 @@ std::int64_t part_floats(const AttendParams& forward, const Choosers& choosers) 
   return std::int64_t{choosers.part_capacity} * 2 * kPageTokens * forward.pages.layout.head_dim;
 }
 
+// Without what lies in a workspace.
+BackwardArgs backward_args(const AttendBackwardParams& params) {
+  const AttendParams& forward = params.forward;
+  return {.pool = PagePool(forward.pages),
+          .batch = forward.batch,
+          .q = forward.q,
+          .grad_o = params.grad_o,
+          .stats = nullptr,
+          .grad_q = params.grad_q,
+          .grad_k = params.grad_k,
+          .grad_v = params.grad_v,
+          .part_sums = nullptr,
+          .lists = {},
+          .choosers = choosers(forward),
+          .heads_q = forward.heads_q,
+          .group = forward.heads_q / forward.pages.layout.kv_heads,
+          .tile_tokens = tile_tokens(forward),
+          .scale = forward.scale,
+          .c = static_cast<float>(forward.scale * kLog2E)};
+}
+
 }  // namespace
 
 Status take_statistics(const Backend& backend, const AttendBackwardParams& p,
@@ -80,6 +101,23 @@ Status take_statistics(const Backend& backend, const AttendBackwardParams& p,
   return launched("attend_backward");
 }
 
+Status query_gradient(const Backend& backend, const AttendBackwardParams& params,
+                      const RowStatistics* stats, std::span<std::byte> workspace) {
+  const AttendParams& forward = params.forward;
+  BackwardArgs args = backward_args(params);
+  args.stats = stats;
+  Arena arena(workspace);
+  if (has_lists(forward)) {
+    args.lists = INFLLM_TRY(sm80::build_union_lists(backend, forward, args.tile_tokens, arena));
+  }
+  return query_gradient(backend, forward, args);
+}
+
+std::size_t query_gradient_bytes(const AttendBackwardParams& params) {
+  const AttendParams& forward = params.forward;
+  return has_lists(forward) ? sm80::union_bytes(forward, tile_tokens(forward)) : 0;
+}
+
 Status attend_backward(const Backend& backend, const AttendBackwardParams& params,
                        std::span<std::byte> workspace) {
   const AttendParams& forward = params.forward;
@@ -87,22 +125,7 @@ Status attend_backward(const Backend& backend, const AttendBackwardParams& param
   INFLLM_TRY(check_heads("attend_backward", layout, forward.heads_q, kMaxGroup));
   if (forward.batch.max_kv_length == 0) return {};
   Arena arena(workspace);
-  BackwardArgs args{.pool = PagePool(forward.pages),
-                    .batch = forward.batch,
-                    .q = forward.q,
-                    .grad_o = params.grad_o,
-                    .stats = nullptr,
-                    .grad_q = params.grad_q,
-                    .grad_k = params.grad_k,
-                    .grad_v = params.grad_v,
-                    .part_sums = nullptr,
-                    .lists = {},
-                    .choosers = choosers(forward),
-                    .heads_q = forward.heads_q,
-                    .group = forward.heads_q / layout.kv_heads,
-                    .tile_tokens = tile_tokens(forward),
-                    .scale = forward.scale,
-                    .c = static_cast<float>(forward.scale * kLog2E)};
+  BackwardArgs args = backward_args(params);
   take(forward, args.choosers,
        [&]<typename T>(T*& pointer, std::int64_t count) { pointer = arena.take<T>(count); });
   args.part_sums = arena.take<float>(part_floats(forward, args.choosers));
@@ -111,10 +134,7 @@ Status attend_backward(const Backend& backend, const AttendBackwardParams& param
   args.stats = stats;
   if (rows > 0) {
     INFLLM_TRY(take_statistics(backend, params, stats));
-    if (has_lists(forward)) {
-      args.lists = INFLLM_TRY(sm80::build_union_lists(backend, forward, args.tile_tokens, arena));
-    }
-    INFLLM_TRY(query_gradient(backend, forward, args));
+    INFLLM_TRY(query_gradient(backend, params, stats, arena.rest()));
   }
   INFLLM_TRY(build_choosers(backend, forward, args.choosers));
   return key_gradient(backend, forward, args);
@@ -127,7 +147,7 @@ std::size_t attend_backward_bytes(const Backend&, const AttendBackwardParams& pa
   take(forward, c, [&]<typename T>(T*&, std::int64_t count) { size.take<T>(count); });
   size.take<float>(part_floats(forward, c));
   size.take<RowStatistics>(std::int64_t{forward.batch.num_tokens} * forward.heads_q);
-  if (has_lists(forward)) size.add(sm80::union_bytes(forward, tile_tokens(forward)));
+  size.add(query_gradient_bytes(params));
   return size.bytes();
 }
 

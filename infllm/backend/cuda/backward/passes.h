@@ -44,6 +44,10 @@ int tile_tokens(const AttendParams& params);
 // dQ, token-major.
 Status query_gradient(const Backend& backend, const AttendParams& forward,
                       const BackwardArgs& args);
+// The same by itself, in its own workspace.
+Status query_gradient(const Backend& backend, const AttendBackwardParams& params,
+                      const RowStatistics* stats, std::span<std::byte> workspace);
+std::size_t query_gradient_bytes(const AttendBackwardParams& params);
 // dK and dV, block-major.
 Status key_gradient(const Backend& backend, const AttendParams& forward, const BackwardArgs& args);
 

@@ -17,6 +17,11 @@ bool is_sparse(const AttendParams& forward) {
   return forward.selection != nullptr && forward.batch.any_sparse;
 }
 
+// Tiles of the dQ pass would be of more tokens than a set of tokens has bits.
+bool takes_general_queries(const AttendParams& forward) {
+  return is_sparse(forward) && forward.heads_q < 4 * forward.pages.layout.kv_heads;
+}
+
 bool takes_one_pass(const AttendParams& forward) {
   return !is_sparse(forward) && suits_dense_gradient(forward);
 }
@@ -29,7 +34,7 @@ bool attends_backward(const AttendBackwardParams& params) {
   if (layout.kv_heads < 1 || forward.heads_q % layout.kv_heads != 0) return false;
   if (forward.batch.num_tokens == 0) return false;  // a tensor map cannot be empty
   const auto group = static_cast<unsigned>(forward.heads_q / layout.kv_heads);
-  const bool fits = is_sparse(forward) ? group >= 4 && group <= 32 : group >= 2 && group <= 64;
+  const bool fits = group >= 2 && group <= (is_sparse(forward) ? 32 : 64);
   return std::has_single_bit(group) && fits && (layout.head_dim == 64 || layout.head_dim == 128) &&
          layout.config.block_size == kPageTokens &&
          (layout.dtype == DType::kBF16 || layout.dtype == DType::kF16);
@@ -44,16 +49,22 @@ Status attend_backward(const Backend& backend, const AttendBackwardParams& param
   const std::span<std::byte> rest = arena.rest();
   if (rows > 0) INFLLM_TRY(backward::take_statistics(backend, params, stats));
   if (takes_one_pass(params.forward)) return dense_gradient(backend, params, stats, rest);
-  if (rows > 0) INFLLM_TRY(query_gradient(backend, params, stats, rest));
+  if (rows > 0) {
+    INFLLM_TRY(takes_general_queries(params.forward)
+                   ? backward::query_gradient(backend, params, stats, rest)
+                   : sm90::query_gradient(backend, params, stats, rest));
+  }
   return key_gradient(backend, params, stats, rest);
 }
 
 std::size_t attend_backward_bytes(const Backend&, const AttendBackwardParams& params) {
   ArenaSize size;
   size.take<RowStatistics>(rows_of(params));
-  size.add(takes_one_pass(params.forward)
-               ? dense_gradient_bytes(params)
-               : std::max(query_gradient_bytes(params), key_gradient_bytes(params)));
+  size.add(takes_one_pass(params.forward) ? dense_gradient_bytes(params)
+                                          : std::max(takes_general_queries(params.forward)
+                                                         ? backward::query_gradient_bytes(params)
+                                                         : sm90::query_gradient_bytes(params),
+                                                     key_gradient_bytes(params)));
   return size.bytes();
 }
 

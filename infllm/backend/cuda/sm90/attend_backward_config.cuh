@@ -18,6 +18,7 @@ struct KeyConfig {
   static constexpr bool kListed = kIsListed;
   static constexpr int kBlocks = kListed ? 1 : 2;  // of 64 keys, of a thread block
   static constexpr int kPanels = kDim / 64;
+  static constexpr bool kHalves = kListed && kPanels == 1;  // two warps share the rows of a panel
   static constexpr int kTileBytes = 64 * kDim * 2;
   // dS of a stage on its way to dQ, and how many of them there is room for.
   static constexpr int kGradBytes = 2 * kPanelBytes;
@@ -66,12 +67,11 @@ struct __align__(1024) KeyShared {
   alignas(1024) std::byte v[C::kBlocks][C::kTileBytes];
   alignas(1024) std::byte q[C::kStages][C::kTileBytes];
   alignas(1024) std::byte grad_o[C::kStages][C::kTileBytes];
-  struct Statistics {
-    float lse[64];              // -LSE / c
-    float delta[64];            // -Delta
+  struct Rows {
+    RowStatistics stats[64];
     std::int32_t position[64];  // of each token
   };
-  alignas(16) Statistics rows[C::kStages];
+  alignas(16) Rows rows[C::kStages];
   std::uint64_t blocks_full;
   std::uint64_t full[C::kStages], empty[C::kStages];
 };
@@ -81,8 +81,9 @@ __device__ __forceinline__ void init_barriers(KeyShared<C>& shared) {
   using namespace tile;
   mbarrier_init(&shared.blocks_full, 1);
   for (int i = 0; i < C::kStages; ++i) {
-    // All lanes of the warp that brings statistics, and one of each of the others.
-    mbarrier_init(&shared.full[i], (C::kListed ? 2 * C::kPanels : 2) + 31);
+    // A lane of each warp that feeds, and all lanes of the one that brings statistics when these
+    // have arrived.
+    mbarrier_init(&shared.full[i], (C::kListed ? 4 : 2) + 32);
     mbarrier_init(&shared.empty[i], C::kListed ? 4 : 8);
   }
 }

@@ -121,13 +121,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncthreads();
   if (warp < 4) {
     setmaxnreg_dec<C::kFeedRegisters>();
-    if (warp % 2 < C::kPanels) {
-      feed_rows<C>(shared, a.keys, item, warp < 2 ? q_token_map : grad_o_token_map,
-                   warp < 2 ? q_stage_map : grad_o_stage_map, k_map, v_map, warp, [&](int i) {
-                     return item.listed ? a.choosers.tokens[item.first + i]
-                                        : static_cast<int>(item.first) + i;
-                   });
-    }
+    feed_rows<C>(shared, a.keys, item, warp < 2 ? q_token_map : grad_o_token_map,
+                 warp < 2 ? q_stage_map : grad_o_stage_map, k_map, v_map, warp, [&](int i) {
+                   return item.listed ? a.choosers.tokens[item.first + i]
+                                      : static_cast<int>(item.first) + i;
+                 });
   } else {
     setmaxnreg_inc<C::kComputeRegisters>();
     compute_keys<C>(shared, a.keys, item, warp / 4 - 1);

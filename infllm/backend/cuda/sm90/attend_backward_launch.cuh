@@ -4,6 +4,7 @@
 // dQ too): what both kernels are given.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 
@@ -29,13 +30,13 @@ inline KeyArgs key_args(const AttendBackwardParams& params, const RowStatistics*
           .group_log2 = std::countr_zero(static_cast<unsigned>(forward.heads_q / heads))};
 }
 
-// Q by single tokens and by tiles of 64 rows, dO likewise, K, V.
+// Q by single tokens and by as many as a warp brings of 64 rows, dO likewise, K, V.
 using KeyMaps = std::array<CUtensorMap, 6>;
 
 template <class C>
 Result<KeyMaps> key_maps(const AttendBackwardParams& p, const KeyArgs& args) {
   const AttendParams& forward = p.forward;
-  const std::uint32_t tokens = 64u >> args.group_log2;
+  const std::uint32_t tokens = std::max(1u, (C::kHalves ? 32u : 64u) >> args.group_log2);
   return KeyMaps{INFLLM_TRY(rows_map(forward, forward.q, 1, 1)),
                  INFLLM_TRY(rows_map(forward, forward.q, tokens, 1)),
                  INFLLM_TRY(rows_map(forward, p.grad_o, 1, 1)),

@@ -17,9 +17,17 @@
 
 namespace infllm::cuda::sm90 {
 
-// A warp that feeds. In a sparse pass there are four of them, each of which brings 64 dimensions of
-// Q (warps 0, 1) or of dO (2, 3); in a dense pass warp 0 brings Q, and warp 2 dO. Warp 0 also
-// brings the blocks themselves and the rows' statistics. token_at(i) is token i of the item.
+// Arrives when the copies that this thread began by cp.async are there.
+__device__ __forceinline__ void arrive_after_copies(std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(tile::shared_address(barrier))
+      : "memory");
+}
+
+// A warp that feeds. In a sparse pass there are four of them, each of which brings half of Q (warps
+// 0, 1) or of dO (2, 3): 64 dimensions of 128, or half of the tokens; in a dense pass warp 0 brings
+// Q, and warp 2 dO. Warp 0 also brings the blocks themselves and the rows' statistics. token_at(i)
+// is token i of the item; a lane holds a token of the stage, and asks for its box.
 template <class C, class TokenAt>
 __device__ __forceinline__ void feed_rows(KeyShared<C>& shared, const KeyArgs& a,
                                           const KeyItem& item, const CUtensorMap& token_map,
@@ -30,10 +38,16 @@ __device__ __forceinline__ void feed_rows(KeyShared<C>& shared, const KeyArgs& a
   const int lane = static_cast<int>(threadIdx.x % 32);
   constexpr int kPanels = C::kListed ? 1 : C::kPanels;  // of a warp
   const int tokens = 64 >> a.group_log2;                // of a stage
+  // Of which this warp brings tokens begin .. begin + share - 1.
+  const int share = C::kHalves ? max(1, tokens / 2) : tokens;
+  const int begin = C::kHalves ? warp % 2 * share : 0;
+  const bool brings = lane >= begin && lane < min(begin + share, tokens);
+  const unsigned bytes = __popc(__ballot_sync(kAll, brings)) * kPanels * (128u << a.group_log2);
   const int stages = (item.count + tokens - 1) / tokens;
   const Sequence sequence(a.batch, item.sequence);
   const int first_position = sequence.first_position() - sequence.first_token;  // of token 0
   const int heads_q = a.heads << a.group_log2;
+  const int head = uniform(item.head << a.group_log2);
   if (warp == 0 && lane == 0 && stages > 0) {
     mbarrier_arrive_expect_tx(&shared.blocks_full, 2 * C::kBlocks * C::kTileBytes);
     for (int i = 0; i < C::kBlocks; ++i) {
@@ -44,64 +58,61 @@ __device__ __forceinline__ void feed_rows(KeyShared<C>& shared, const KeyArgs& a
     }
   }
   __syncwarp();
-  const auto find_token = [&](int stage) {
-    const int i = item.count - (stage + 1) * tokens + lane;
-    if (lane >= tokens || i < 0 || stage >= stages) return -1;
-    return token_at(i);
+  // The list, 32 tokens at a time, which are those of several stages.
+  const auto load_tokens = [&](int batch) {
+    const int i = item.count - (batch + 1) * 32 + lane;
+    return i < 0 ? -1 : token_at(i);
   };
-  // Of rows 2 lane and 2 lane + 1.
-  const auto find_statistics = [&](int token) {
-    const int owner = __shfl_sync(kAll, token, 2 * lane >> a.group_log2);
-    if (owner < 0) return float4{kInfinity, 0, kInfinity, 0};  // weights of zero
-    const std::int64_t row = std::int64_t{owner} * heads_q + (item.head << a.group_log2) +
-                             (2 * lane & ((1 << a.group_log2) - 1));
-    return *reinterpret_cast<const float4*>(a.stats + row);
-  };
-  int token = find_token(0);
-  int next_token = find_token(1);
-  float4 stats = {};
-  if (warp == 0) stats = find_statistics(token);
+  int batch = load_tokens(0);
+  int next_batch = load_tokens(1);
+  int used = 0;  // of the batch, from its end
   RingCursor<C::kStages> ring;
   for (int stage = 0; stage < stages; ++stage, ring.advance()) {
-    const int later_token = find_token(stage + 2);
-    float4 next_stats = {};
-    if (warp == 0) next_stats = find_statistics(next_token);
-    const int first = __shfl_sync(kAll, token, 0);
+    used += tokens;
+    const int found = __shfl_sync(kAll, batch, 32 - used + lane);
+    const int token = lane < tokens ? found : -1;
+    const int first = __shfl_sync(kAll, token, begin);
     const bool together =
-        first >= 0 && __all_sync(kAll, lane >= tokens || token == first + lane) != 0;
+        first >= 0 && __all_sync(kAll, !brings || token == first + lane - begin) != 0;
+    std::uint64_t* full = &shared.full[ring.stage];
     mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
     if (warp == 0) {
       auto& rows = shared.rows[ring.stage];
-      *reinterpret_cast<float2*>(rows.lse + 2 * lane) = {stats.x, stats.z};
-      *reinterpret_cast<float2*>(rows.delta + 2 * lane) = {stats.y, stats.w};
       if (lane < tokens) rows.position[lane] = token < 0 ? -1 : token + first_position;
+      // Of rows 2 lane and 2 lane + 1.
+      const int owner = __shfl_sync(kAll, token, 2 * lane >> a.group_log2);
+      RowStatistics* stats = rows.stats + 2 * lane;
+      if (owner >= 0) {
+        cp_async_16(
+            stats,
+            a.stats + std::int64_t{owner} * heads_q + head + (2 * lane & ((1 << a.group_log2) - 1)),
+            true);
+      } else {
+        stats[0] = stats[1] = {kInfinity, 0};  // weights of zero
+      }
+      arrive_after_copies(full);
+      __syncwarp();  // what lanes wrote is there when the first one arrives
     }
     std::byte* to = (warp < 2 ? shared.q : shared.grad_o)[ring.stage];
-    std::uint64_t* full = &shared.full[ring.stage];
-    if (lane == 0) {
-      mbarrier_arrive_expect_tx(full, kPanels * kPanelBytes);
-    } else if (warp == 0) {
-      mbarrier_arrive(full);  // of the statistics that this lane wrote
-    }
-    const int head = item.head << a.group_log2;
-    for (int panel = warp % 2; panel < warp % 2 + kPanels; ++panel) {
-      std::byte* rows = to + panel * kPanelBytes;
+    if (lane == 0) mbarrier_arrive_expect_tx(full, bytes);
+    const int from = C::kHalves ? 0 : warp % 2;
+    for (int panel = from; panel < from + kPanels; ++panel) {
+      std::byte* rows = to + panel * kPanelBytes + (lane << a.group_log2) * 128;
       if (together) {
-        if (lane == 0) tma_load_4d(&stage_map, full, rows, 0, head, first, panel);
-        continue;
-      }
-      for (int t = 0; t < tokens; ++t) {
-        int owner = __shfl_sync(kAll, token, t);
-        if (owner < 0) owner = a.batch.num_tokens;  // reads zeros
-        if (lane == 0) {
-          tma_load_4d(&token_map, full, rows + (t << a.group_log2) * 128, 0, head, owner, panel);
-        }
+        if (lane == begin) tma_load_4d(&stage_map, full, rows, 0, head, first, panel);
+      } else if (brings) {
+        const int owner = token < 0 ? a.batch.num_tokens : token;  // reads zeros
+        tma_load_4d(&token_map, full, rows, 0, head, owner, panel);
       }
     }
     __syncwarp();
-    token = next_token;
-    next_token = later_token;
-    stats = next_stats;
+    if (used == 32) {
+      used = 0;
+      batch = next_batch;
+      // Here and not earlier: who copies it waits for it.
+      asm volatile("" : "+r"(batch));
+      next_batch = load_tokens((stage + 1) * tokens / 32 + 1);
+    }
   }
 }
 
@@ -180,20 +191,20 @@ __device__ __forceinline__ void sum_stages(KeyShared<C>& shared, const KeyArgs& 
     }
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
-      const float2 lse = *reinterpret_cast<const float2*>(rows.lse + 2 * i + column);
-      p[i] = fast_exp2(fmaf(p[i], a.c, -lse.x));
-      p[i + 1] = fast_exp2(fmaf(p[i + 1], a.c, -lse.y));
-      p[i + 2] = fast_exp2(fmaf(p[i + 2], a.c, -lse.x));
-      p[i + 3] = fast_exp2(fmaf(p[i + 3], a.c, -lse.y));
+      const float4 stats = *reinterpret_cast<const float4*>(rows.stats + 2 * i + column);
+      p[i] = fast_exp2(fmaf(p[i], a.c, -stats.x));
+      p[i + 1] = fast_exp2(fmaf(p[i + 1], a.c, -stats.z));
+      p[i + 2] = fast_exp2(fmaf(p[i + 2], a.c, -stats.x));
+      p[i + 3] = fast_exp2(fmaf(p[i + 3], a.c, -stats.z));
     }
     wgmma_wait<0>();
     wgmma_pin(grad_p);
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
-      const float2 delta = *reinterpret_cast<const float2*>(rows.delta + 2 * i + column);
-      grad_s[i / 2] = pack2<T>(p[i] * (grad_p[i] - delta.x), p[i + 1] * (grad_p[i + 1] - delta.y));
+      const float4 stats = *reinterpret_cast<const float4*>(rows.stats + 2 * i + column);
+      grad_s[i / 2] = pack2<T>(p[i] * (grad_p[i] - stats.y), p[i + 1] * (grad_p[i + 1] - stats.w));
       grad_s[i / 2 + 1] =
-          pack2<T>(p[i + 2] * (grad_p[i + 2] - delta.x), p[i + 3] * (grad_p[i + 3] - delta.y));
+          pack2<T>(p[i + 2] * (grad_p[i + 2] - stats.y), p[i + 3] * (grad_p[i + 3] - stats.w));
       weights[i / 2] = pack2<T>(p[i], p[i + 1]);
       weights[i / 2 + 1] = pack2<T>(p[i + 2], p[i + 3]);
     }
