@@ -53,6 +53,7 @@ struct PartShared {
   TopCandidatesShared<kPartThreads> select;
   float2 of_warps[kPartWarps][kRowHeads];  // normalisers
   float lse[kRowHeads];
+  std::int32_t warmed;                         // is never read
   alignas(16) std::int32_t list[kMaxColumns];  // the blocks chosen freely
 };
 
@@ -102,6 +103,7 @@ class Part {
         score_items_((candidates_end() + kItemBlocks - 1) / kItemBlocks),
         forced_slices_(share_of_slices(forced_.count())),
         free_slices_(share_of_slices(forced_.free)),
+        score_scale_(args.score_scale),
         attention_(shared.attention, args.scale) {}
 
   // What needs only the batch's arrays, beside the end of the kernel before: where the first rows
@@ -139,15 +141,18 @@ class Part {
     if (!is_long) start_next();
     std::uint32_t* const words = a_.results + row_ * parts_ * kPartWords;
     const std::uint32_t count = Results::look_at_count(words, parts_);
+    float x[kItemTiles][4];
     if (chooses()) {
-      score();
+      score_first(x);
       if (a_.q != a_.q_score) q_.load(queries(a_.q), group_);
     }
+    attend_slices(/*free=*/false, forced_slices_);  // while normalisers come
+    if (chooses()) publish_scores(x);
     if (is_long) start_next();
     const Results results(words, part_, parts_, count);
     results.clear();                  // while keys come
     if (!chooses()) __syncthreads();  // as there is one before the list otherwise
-    attend();
+    if (chooses()) attend_to_chosen();
     publish_results(results);
     if (part_ == 0 && sequence_.sparse && !chooses()) write_selection();
     gather_results(results);
@@ -224,6 +229,15 @@ class Part {
     }
   }
 
+  // One that will probably be attended to.
+  __device__ __forceinline__ void prefetch_block(int block) const {
+    const int page = sequence_.page(block, a_.pool.num_pages);
+    if (page < 0) return;
+    const int bytes = static_cast<int>(a_.pool.map.plane_bytes());
+    prefetch(a_.pool.template plane<const T>(page, a_.pool.map.key(head_kv_)), bytes);
+    prefetch(a_.pool.template plane<const T>(page, a_.pool.map.value(head_kv_)), bytes);
+  }
+
   // Slice of the warp in a round of forced or of chosen blocks.
   __device__ __forceinline__ Slice find_slice(bool free, int round) const {
     const T* const any = static_cast<const T*>(a_.q);
@@ -264,23 +278,31 @@ class Part {
     if (forced_slices_ > 0) fetch(first_slice_);
   }
 
-  // From queries to the keys of this warp's blocks. The first logits are there before they can be
+  // From queries to normalisers, and the first logits, which are there before they can be
   // normalised.
-  __device__ __forceinline__ void score() {
+  __device__ __forceinline__ void score_first(float (&x)[kItemTiles][4]) {
     if (place_ < normaliser_tiles_) normalise(normaliser_rows_, first_normaliser_.exist);
     if (place_ + places_ < normaliser_tiles_) normalise_more();
     publish_normalisers();
-    warm_page_table();
-    float x[kItemTiles][4];
+    warmed_ = warm_page_table();
     if (place_ < score_items_) multiply(rows_, x);
+  }
+
+  // From normalisers to keys.
+  __device__ __forceinline__ void publish_scores(const float (&x)[kItemTiles][4]) {
     gather_normalisers();
+    shared_.warmed = warmed_;
     if (place_ < score_items_) {
       unsigned exist[kItemTiles];
 #pragma unroll
       for (int t = 0; t < kItemTiles; ++t) exist[t] = first_fine_[t].exist;
       publish_keys(x, exist, place_);
     }
-    if (place_ + places_ < score_items_) score_more(rows_);
+    if (place_ + places_ < score_items_) {
+      if (a_.q != a_.q_score) q_.load(queries(a_.q_score), group_);
+      score_more(rows_);
+      if (a_.q != a_.q_score) q_.load(queries(a_.q), group_);
+    }
   }
 
   __device__ __forceinline__ void multiply(const DirectTile<T, kDim> (&rows)[kItemTiles],
@@ -327,8 +349,8 @@ class Part {
     for (int i = 0; i < kDim / 32; ++i) rows.add_products(q_, i, x);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      normalisers_[r].add(has_column(exist, 0) ? x[2 * r] * a_.score_scale : -kInfinity,
-                          has_column(exist, 1) ? x[2 * r + 1] * a_.score_scale : -kInfinity);
+      normalisers_[r].add(has_column(exist, 0) ? x[2 * r] * score_scale_ : -kInfinity,
+                          has_column(exist, 1) ? x[2 * r + 1] * score_scale_ : -kInfinity);
     }
   }
   // The tiles behind the first one, four at a time.
@@ -370,13 +392,14 @@ class Part {
     if (threadIdx.x % kPartWarps == 0) publish(normaliser_cell(head, part_), word_of(all.lse()));
   }
 
-  // Into L1: the pages of the chosen blocks are looked up without delay.
-  __device__ __forceinline__ void warm_page_table() const {
+  // Brings the page table into L1, so that the pages of the chosen blocks are looked up without
+  // delay. Returns something that must be used, or there is no such load.
+  __device__ __forceinline__ std::int32_t warm_page_table() const {
     constexpr int kSector = 8;
-    const int block = kSector * static_cast<int>(threadIdx.x);
-    if (block >= candidates_end()) return;
+    const int block = min(kSector * static_cast<int>(threadIdx.x), sequence_.max_pages - 1);
     std::int32_t page;
     asm volatile("ld.global.ca.b32 %0, [%1];" : "=r"(page) : "l"(sequence_.table + block));
+    return page;
   }
 
   // The logarithm of every head's sum over all parts; heads that do not exist, or that have nothing
@@ -413,8 +436,8 @@ class Part {
     for (int t = 0; t < kItemTiles; ++t) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        s[2 * t + j] = tile::fast_exp2(x[t][j] * a_.score_scale - lse[0]) +
-                       tile::fast_exp2(x[t][2 + j] * a_.score_scale - lse[1]);
+        s[2 * t + j] = tile::fast_exp2(x[t][j] * score_scale_ - lse[0]) +
+                       tile::fast_exp2(x[t][2 + j] * score_scale_ - lse[1]);
       }
     }
     // Over the lanes that have the other heads; each keeps half of its windows, three times, and so
@@ -445,12 +468,13 @@ class Part {
     }
   }
 
-  // To the forced blocks, while keys come, then to those that are chosen.
-  __device__ __forceinline__ void attend() {
-    attend_slices(/*free=*/false, forced_slices_);
-    if (forced_.free == 0) return;
+  // Probable ones are on their way into L2 while the choice is made.
+  __device__ __forceinline__ void attend_to_chosen() {
     TopCandidates<kPartThreads>(keys(), a_.init_blocks, candidates_end(), shared_.select)
-        .choose(forced_.free, shared_.list);
+        .choose(forced_.free, shared_.list, [&](int block, int i) {
+          if (static_cast<unsigned>(i) % static_cast<unsigned>(parts_) == part_)
+            prefetch_block(block);
+        });
     if (free_slices_ > 0) fetch(find_slice(/*free=*/true, 0));
     if (part_ == 0) write_selection();  // while they come
     attend_slices(/*free=*/true, free_slices_);
@@ -558,8 +582,10 @@ class Part {
   TileRow<T> first_normaliser_;
   TileRow<T> first_fine_[kItemTiles];
   Slice first_slice_;
+  std::int32_t warmed_;
   DirectTile<T, kDim> normaliser_rows_;
   DirectTile<T, kDim> rows_[kItemTiles];
+  const float score_scale_;
   Normaliser normalisers_[2];
   HeadQueries<T, kDim> q_;
   PartAttention<T, kDim, kPartWarps> attention_;

@@ -73,11 +73,13 @@ class TopCandidates {
         slot_(kRun * (kWarps * (lane_ / kRun) + warp_) + lane_ % kRun) {}
 
   // Leaves the best `need` <= kMaxNeed blocks in `out`, in some order that is always the same; by
-  // all threads, with a barrier at the end.
-  __device__ __forceinline__ void choose(int need, std::int32_t* out) {
+  // all threads, with a barrier at the end. Long before, expect(block, i) is called for most of
+  // those that will be chosen, and a few others perhaps; i counts them, from 0, once each.
+  template <typename Expect>
+  __device__ __forceinline__ void choose(int need, std::int32_t* out, const Expect& expect) {
     shared_.best[threadIdx.x] = take_all();
     __syncwarp();
-    find_bound((need + kWarps - 1) / kWarps);
+    find_bound((need + kWarps - 1) / kWarps, expect);
     __syncthreads();
     collect();
     __syncwarp();
@@ -85,7 +87,7 @@ class TopCandidates {
     __syncthreads();
     const int most = most_found();
     if (most >= Shared::kMaxFound) {
-      choose_by_digits(need, out);
+      choose_by_digits(first_, end_, shared_, need, out);
     } else {
       rank(most, need, out);
     }
@@ -145,12 +147,17 @@ class TopCandidates {
     return best;
   }
 
-  // The m-th of the warp's bests; 0 if there are fewer.
-  __device__ __forceinline__ void find_bound(int m) {
+  // The m-th of the warp's bests; 0 if there are fewer. About m of a warp's are chosen, so
+  // three quarters of them can be expected to be.
+  template <typename Expect>
+  __device__ __forceinline__ void find_bound(int m, const Expect& expect) {
     const std::uint32_t own = shared_.best[threadIdx.x];
     const int better = count_better(own, shared_.best + 32 * warp_, 32);
     const std::uint32_t bound = __reduce_min_sync(kAllLanes, better < m ? own : kNothing);
     if (lane_ == 0) shared_.bounds[warp_] = bound;
+    if (better < m - m / 4) {
+      expect(static_cast<int>(0xffff - (own & 0xffff)), kWarps * better + warp_);
+    }
   }
 
   // Of `count` numbers, with zeros behind them up to a multiple of 4.
@@ -174,25 +181,15 @@ class TopCandidates {
 #pragma unroll 1
     for (int round = 0; round < rounds_; ++round) {
       const uint4 keys = here(round);
-      std::uint32_t found[kPieces * kPiece];
-      unsigned reach = 0;  // one bit for each
 #pragma unroll
       for (int c = 0; c < kPieces * kPiece; ++c) {
-        found[c] = unique(word(keys, c / 2) >> (c % 2 * 16) & 0xffff, block(round, c));
-        reach |= is_candidate(block(round, c)) && found[c] >= bound ? 1u << c : 0;
-      }
-      const int count = __popc(reach);
-      int before = place;  // of lanes to the left
-#pragma unroll
-      for (int bit = 0; bit < 4; ++bit) {
-        const unsigned lanes = __ballot_sync(kAllLanes, (count >> bit & 1) != 0);
-        before += __popc(lanes & ((1u << lane_) - 1)) << bit;
-        place += __popc(lanes) << bit;
-      }
-#pragma unroll
-      for (int c = 0; c < kPieces * kPiece; ++c) {
-        const int at = before + __popc(reach & ((1u << c) - 1));
-        if ((reach >> c & 1) != 0 && at < Shared::kMaxFound) shared_.found[warp_][at] = found[c];
+        const std::uint32_t found =
+            unique(word(keys, c / 2) >> (c % 2 * 16) & 0xffff, block(round, c));
+        const bool reaches = is_candidate(block(round, c)) && found >= bound;
+        const unsigned lanes = __ballot_sync(kAllLanes, reaches);
+        const int at = place + __popc(lanes & ((1u << lane_) - 1));
+        if (reaches && at < Shared::kMaxFound) shared_.found[warp_][at] = found;
+        place += __popc(lanes);
       }
     }
     if (lane_ == 0) shared_.counts[warp_] = place;
@@ -235,7 +232,12 @@ class TopCandidates {
     }
   }
 
-  // Where more keys of a warp reach the bound than there is room for.
+  // Where more keys of a warp reach the bound than there is room for. A function of its own, since
+  // it is seldom needed, and code that is executed should lie together.
+  __device__ __noinline__ static void choose_by_digits(int first, int end, Shared& shared, int need,
+                                                       std::int32_t* out) {
+    TopCandidates(nullptr, first, end, shared).choose_by_digits(need, out);
+  }
   __device__ __forceinline__ void choose_by_digits(int need, std::int32_t* out) {
     shared_.radix.clear();
 #pragma unroll 1
