@@ -53,7 +53,6 @@ struct PartShared {
   TopCandidatesShared<kPartThreads> select;
   float2 of_warps[kPartWarps][kRowHeads];  // normalisers
   float lse[kRowHeads];
-  std::int32_t warmed;                         // is never read
   alignas(16) std::int32_t list[kMaxColumns];  // the blocks chosen freely
 };
 
@@ -291,7 +290,7 @@ class Part {
   // From normalisers to keys.
   __device__ __forceinline__ void publish_scores(const float (&x)[kItemTiles][4]) {
     gather_normalisers();
-    shared_.warmed = warmed_;
+    shared_.list[threadIdx.x] = warmed_;  // where nobody looks before the choice
     if (place_ < score_items_) {
       unsigned exist[kItemTiles];
 #pragma unroll

@@ -105,7 +105,10 @@ class WarpStream {
   // What needs only the batch's arrays, by all lanes: the first pieces into L2; or, with `settled`,
   // into the ring, as long as nothing in them belongs to this step.
   __device__ __forceinline__ void prepare(bool settled) {
-    if (lane_ < kStages) tile::mbarrier_init(&shared_.arrived[lane_], 1);
+    if (lane_ == 0) {
+#pragma unroll
+      for (std::uint64_t& arrived : shared_.arrived) tile::mbarrier_init(&arrived, 1);
+    }
     tile::fence_mbarrier_init();
     __syncwarp();
     look_up(0);
