@@ -46,6 +46,6 @@ def tables(devices):
     return "\n".join(out) or "No results yet.\n"
 
 
-def rendered(root):
+def rendered(root, so_far=None):
     return region.rendered(root / "docs/python.md", "calls", "tools/calls_table.py",
-                           lambda: tables(load(root / "bench/results/calls")))
+                           lambda: tables(load(root / "bench/results/calls")), so_far)

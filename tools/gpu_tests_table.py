@@ -53,6 +53,6 @@ def table(runs):
     return "\n".join(lines) + "\n\n" + "; ".join(sorted(places)) + ".\n"
 
 
-def rendered(root):
+def rendered(root, so_far=None):
     return region.rendered(root / "docs/verification.md", "gpu-tests", "tools/gpu_tests_table.py",
-                           lambda: table(load(root / "bench/results/gpu-tests")))
+                           lambda: table(load(root / "bench/results/gpu-tests")), so_far)

@@ -7,12 +7,13 @@ def marks(name, writer):
     return f"<!-- begin:{name} ({writer} writes what follows) -->", f"<!-- end:{name} -->"
 
 
-def rendered(page, name, writer, body):
-    """{page: its text with what body() returns between the marks}, or nothing where there is no page."""
+def rendered(page, name, writer, body, so_far=None):
+    """{page: its text with what body() returns between the marks}, or nothing where there is no page.
+    so_far: {page: text} of what was rendered before, as a page may have several such parts."""
     if not page.is_file():
         return {}
     begin, end = marks(name, writer)
-    text = page.read_text(encoding="utf-8")
+    text = (so_far or {}).get(page) or page.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{page.name}: expected one line {begin} and one line {end}")
     before, rest = text.split(begin)

@@ -367,7 +367,7 @@ def rendered(root):
         root / "README.md", *MARKS,
         lambda: readme_numbers(measurements, evaluations) + training_tables.summary(root)))
     for tables in (training_tables, gpu_tests_table, sanitizer_table, calls_table):
-        files.update(tables.rendered(root))
+        files.update(tables.rendered(root, files))
     return files
 
 

@@ -177,6 +177,16 @@ class RenderTest(unittest.TestCase):
         self.write(measurement(), measurement(device="Other CPU"))
         self.assertEqual(self.render("--check")[0], 1)
 
+    def test_a_page_may_have_several_rendered_parts(self):
+        page = self.root / "docs/verification.md"
+        parts = (("gpu-tests", "tools/gpu_tests_table.py"), ("sanitizers", "tools/sanitizer_table.py"))
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("".join(f"{'stale'.join(m + chr(10) for m in region.marks(*part))}" for part in parts),
+                        encoding="utf-8")
+        self.render()
+        self.assertNotIn("stale", page.read_text(encoding="utf-8"))
+        self.assertEqual(page.read_text(encoding="utf-8").count("No results yet."), 2)
+
     def test_a_bad_line_is_named(self):
         self.write(measurement(), {"name": "attention.forward"}, name="b.jsonl")
         code, output = self.render()

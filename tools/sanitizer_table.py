@@ -60,6 +60,6 @@ def table(runs):
     return "\n".join(lines) + "\n\n" + "; ".join(sorted(places)) + ".\n"
 
 
-def rendered(root):
+def rendered(root, so_far=None):
     return region.rendered(root / "docs/verification.md", "sanitizers", "tools/sanitizer_table.py",
-                           lambda: table(load(root / "bench/results/sanitizers")))
+                           lambda: table(load(root / "bench/results/sanitizers")), so_far)

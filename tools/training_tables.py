@@ -359,6 +359,6 @@ def logged(root):
     return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def rendered(root):
+def rendered(root, so_far=None):
     return region.rendered(root / "docs/training.md", "training", "tools/training_tables.py",
-                           lambda: tables(load(root / "bench/results/training"), logged(root)))
+                           lambda: tables(load(root / "bench/results/training"), logged(root)), so_far)
