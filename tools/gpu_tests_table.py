@@ -5,8 +5,6 @@ tools/gpu_test.sh appends the lines: one for each program or file of tests, or f
 Of a program the lines of the last run count, all those with its date.
 """
 
-import re
-
 import region
 import results
 
@@ -20,18 +18,13 @@ def parse(line):
     record = results.of_fields(line, FIELDS)
     if record["name"] != "test.gpu":
         raise ValueError(f'"name" is "{record["name"]}", expected test.gpu')
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", record["date"]):
-        raise ValueError(f'"date" is "{record["date"]}", expected YYYY-MM-DDThh:mm:ssZ')
+    results.check_time(record)
     return record
 
 
 def load(folder):
     """{program: the lines of its last run}"""
-    runs = {}
-    for record in results.records_of(folder, parse):
-        runs.setdefault(record["program"], []).append(record)
-    return {program: [r for r in lines if r["date"] == max(x["date"] for x in lines)]
-            for program, lines in runs.items()}
+    return results.last_runs(folder, parse, lambda record: record["program"])
 
 
 def row(program, lines):

@@ -148,6 +148,20 @@ def records_of(folder, parse):
             yield record
 
 
+def check_time(record):
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", record["date"]):
+        raise BadResult(f'"date" is "{record["date"]}", expected YYYY-MM-DDThh:mm:ssZ')
+
+
+def last_runs(folder, parse, name_of):
+    """{name_of(record): the lines of its last run}, all those with the latest date."""
+    runs = {}
+    for record in records_of(folder, parse):
+        runs.setdefault(name_of(record), []).append(record)
+    return {name: [r for r in lines if r["date"] == max(x["date"] for x in lines)]
+            for name, lines in runs.items()}
+
+
 def load(folder):
     """(measurements, evaluations) of the folder's files, the latest of each key."""
     latest = {}

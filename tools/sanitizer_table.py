@@ -6,8 +6,6 @@ a tool and a program the lines of the last run count, all those with its date; w
 than shards, the run was stopped.
 """
 
-import re
-
 import region
 import results
 
@@ -22,19 +20,14 @@ def parse(line):
     record = results.of_fields(line, FIELDS)
     if record["name"].removeprefix("sanitizer.") not in TOOLS:
         raise ValueError(f'"name" is "{record["name"]}", expected sanitizer.{{{",".join(TOOLS)}}}')
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", record["date"]):
-        raise ValueError(f'"date" is "{record["date"]}", expected YYYY-MM-DDThh:mm:ssZ')
+    results.check_time(record)
     return record
 
 
 def load(folder):
     """{(tool, program): the lines of its last run}"""
-    runs = {}
-    for record in results.records_of(folder, parse):
-        runs.setdefault((record["name"].removeprefix("sanitizer."), record["program"]),
-                        []).append(record)
-    return {key: [r for r in lines if r["date"] == max(x["date"] for x in lines)]
-            for key, lines in runs.items()}
+    return results.last_runs(
+        folder, parse, lambda record: (record["name"].removeprefix("sanitizer."), record["program"]))
 
 
 def cell(lines):

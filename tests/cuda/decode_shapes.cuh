@@ -8,17 +8,11 @@
 #include <vector>
 
 #include "tests/cuda/decode_case.cuh"
+#include "tests/cuda/small_config.h"
 
 namespace infllm::decode_check {
 
-// A budget of 6 blocks, 2 of them local before the own one; always sparse.
-inline SparseConfig small_config() {
-  SparseConfig config;
-  config.window_size = 128;
-  config.topk = 4;
-  config.dense_len = -1;
-  return config;
-}
+using cuda::small_config;
 
 inline std::vector<Shape> shapes(bool tiny) {
   const std::vector<std::int32_t> edges = {1,   15,  16,  17,  31,  32,  33,   63,   64,   65,
