@@ -34,13 +34,12 @@ published InfLLM-V2 kernels. From its sources, with two names that its CUTLASS m
 
 ```sh
 git clone --recursive https://github.com/OpenBMB/infllmv2_cuda_impl
-export NVCC_APPEND_FLAGS="\
-  -DPFN_cuTensorMapEncodeTiled=PFN_cuTensorMapEncodeTiled_v12000 \
-  -DPFN_cuTensorMapEncodeIm2col=PFN_cuTensorMapEncodeIm2col_v12000"
+export NVCC_APPEND_FLAGS="-DPFN_cuTensorMapEncodeTiled=PFN_cuTensorMapEncodeTiled_v12000"
+NVCC_APPEND_FLAGS+=" -DPFN_cuTensorMapEncodeIm2col=PFN_cuTensorMapEncodeIm2col_v12000"
 pip install --no-build-isolation ./infllmv2_cuda_impl
 export INFLLM_V2_COMMIT=$(git -C infllmv2_cuda_impl rev-parse HEAD)
 (cd bench && python3 -m unittest published_peer_test)  # it computes what the algorithm says
-tools/gpu_bench.sh build/release bench/results/h200.jsonl attention backward
+tools/gpu_bench.sh build/cuda bench/results/h200.jsonl attention backward
 ```
 
 Its steps are called as MiniCPM4's model code calls them (`bench/published_peer.py`); the pooled keys,
