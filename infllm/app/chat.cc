@@ -29,16 +29,16 @@ class Chat {
 
   Status loop() {
     for (;;) {
+      // The flag stays up from a Ctrl-C to the next line, so that a second one leaves (signals.h).
+      const bool was_up = interrupted();
       const std::optional<std::string> line = read_line("> ");
-      if (!line && interrupted() && !stopped_) {
+      if (!line && interrupted() && !was_up) {
         fmt::print(stderr, "\n(Ctrl-C once more, Ctrl-D or /exit leaves)\n");
-        stopped_ = true;
         continue;
       }
       if (!line) return interrupted() ? cancelled("interrupted") : Status();
-      if (line->empty()) continue;
       interrupted() = false;
-      stopped_ = false;
+      if (line->empty()) continue;
       if (*line == "/exit" || *line == "/quit" || *line == "/bye") return {};
       if (line->front() == '/') {
         command(*line);
@@ -91,7 +91,6 @@ class Chat {
     if (!answer.ok()) return answer.status();
     if (!has_reader || !write_stdout("\n")) return io_error("standard output is closed");
     messages_.push_back({"assistant", answer->text});
-    stopped_ = answer->reason == engine::FinishReason::kCancelled;
     if (options_.perf && options_.model.verbose) print_timings(session_, *answer);
     return {};
   }
@@ -101,7 +100,6 @@ class Chat {
   const Prompter& prompter_;
   engine::Engine& engine_;
   std::vector<engine::ChatMessage> messages_;
-  bool stopped_ = false;  // the last Ctrl-C has been answered; another one leaves
 };
 
 Status chat(const Options& options) {

@@ -9,8 +9,9 @@
 
 namespace infllm::app {
 
-// The next line without its line break; nothing at the end of input or when interrupted() is up.
-// `prompt` goes to stderr, and only to a terminal.
+// The next line without its line break; nothing at the end of input or when an interrupt comes
+// while it waits: interrupted() is up then. An interrupt that came before changes nothing. `prompt`
+// goes to stderr, and only to a terminal.
 std::optional<std::string> read_line(const std::string& prompt);
 
 // The same without editing.

@@ -31,8 +31,9 @@ bool prepare() {
 std::optional<std::string> read_line(const std::string& prompt) {
   static const bool is_ready = prepare();
   if (!is_ready) return read_plain_line(prompt);
+  const bool was_up = interrupted();
   const std::unique_ptr<char, decltype(&std::free)> line(readline(prompt.c_str()), &std::free);
-  if (line == nullptr || interrupted()) return std::nullopt;
+  if (line == nullptr || (interrupted() && !was_up)) return std::nullopt;
   if (*line != '\0') add_history(line.get());
   return std::string(line.get());
 }
