@@ -20,7 +20,8 @@ import sys
 
 # What the CUDA columns' folders share.
 CUDA_SHARED = ["infllm/backend/cuda/" + name for name in (
-    "tile", "device.h", "heads.h", "launch.cuh", "numbers.cuh", "page.cuh", "pooled.h")]
+    "tile", "device.h", "heads.h", "launch.cuh", "numbers.cuh", "page.cuh", "pooled.h", "powers.cuh",
+    "shapes.cuh")]
 
 # Who may include whom. The longest matching folder on the left decides.
 ARROWS = {

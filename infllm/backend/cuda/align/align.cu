@@ -12,7 +12,7 @@
 #include "infllm/backend/cuda/align/rows.cuh"
 #include "infllm/backend/cuda/heads.h"
 #include "infllm/backend/cuda/launch.cuh"
-#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/core/arena.h"
 
 namespace infllm::cuda::align {
@@ -421,11 +421,8 @@ Status align(const Backend& backend, const AlignParams& params, std::span<std::b
                          .splits = splits_of(params)};
   const cudaStream_t stream = device_of(backend).stream;
   INFLLM_TRY(find_places(backend, "align", args.a));
-  return with_type(params.pages.layout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return params.pages.layout.head_dim == 128 ? launch<T, 128>(stream, args)
-                                               : launch<T, 64>(stream, args);
-  });
+  return with_shape(params.pages.layout,
+                    [&]<typename T, int D>() { return launch<T, D>(stream, args); });
 }
 
 std::size_t align_bytes(const Backend&, const AlignParams& params) {

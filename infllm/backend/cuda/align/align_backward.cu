@@ -15,7 +15,7 @@
 #include "infllm/backend/cuda/align/rows.cuh"
 #include "infllm/backend/cuda/heads.h"
 #include "infllm/backend/cuda/launch.cuh"
-#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/core/arena.h"
 
 namespace infllm::cuda::align {
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) query_kernel(const __grid_constant__
     entry[i] = row / a.group;
     stat[i] = (std::int64_t{head} * a.group + row - entry[i] * a.group) * a.num_rows + tile.first +
               entry[i];
-    norm[i] = a.norms[stat[i]] * static_cast<float>(kLog2E);
+    norm[i] = a.norms[stat[i]] * kLog2E;
     x[i] = 0;
   }
 
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const __grid_constant__ 
     if (takes_part) {
       const std::int64_t query = std::int64_t{head} * a.group + row - entry * a.group;
       const std::int64_t stat = query * a.num_rows + tile.first + entry;
-      shared.norm[row] = a.norms[stat] * static_cast<float>(kLog2E);
+      shared.norm[row] = a.norms[stat] * kLog2E;
       shared.x[row] = b.x[stat];
       shared.visible[row] = keys.count(shared.places[entry].position + 1) - first;
     } else {
@@ -391,11 +391,8 @@ Status align_backward(const Backend& backend, const AlignBackwardParams& params,
                           .coarse = coarse_rows(f)};
   const cudaStream_t stream = device_of(backend).stream;
   if (f.num_rows > 0) INFLLM_TRY(find_places(backend, "align_backward", args.a));
-  return with_type(f.pages.layout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return f.pages.layout.head_dim == 128 ? launch<T, 128>(stream, args)
-                                          : launch<T, 64>(stream, args);
-  });
+  return with_shape(f.pages.layout,
+                    [&]<typename T, int D>() { return launch<T, D>(stream, args); });
 }
 
 std::size_t align_backward_bytes(const Backend&, const AlignBackwardParams& params) {

@@ -48,7 +48,7 @@ AlignArgs align_args(const AlignParams& p, RowPlace* places) {
           .local_blocks = p.config.local_blocks(),
           .from_coarse = p.config.lse_source == LseSource::kCoarse,
           .scale = p.scale,
-          .c = static_cast<float>(p.scale * kLog2E)};
+          .c = exponent_of(p.scale)};
 }
 
 Status find_places(const Backend& backend, std::string_view step, const AlignArgs& args) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "infllm/backend/cuda/page.cuh"
+#include "infllm/backend/cuda/powers.cuh"
 #include "infllm/backend/cuda/sm80/warp_products.cuh"
 #include "infllm/ops/align.h"
 
@@ -20,9 +21,6 @@ constexpr int kWarpRows = kTileRows / kWarps;
 constexpr int kTileKeys = 64;
 constexpr int kTileBlocks = kTileKeys / kFineRows;  // that begin in a tile of windows
 constexpr int kScoreStride = kTileKeys + 1;         // of a tile of floats in shared memory
-constexpr float kNoMaximum = -1e30f;  // instead of -inf, so that no difference is undefined
-constexpr double kLog2E = 1.4426950408889634;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Of an entry of the list.
 struct RowPlace {
@@ -51,7 +49,7 @@ struct AlignArgs {
   int local_blocks;
   bool from_coarse;
   float scale;
-  float c;  // scale log2(e)
+  float c;  // exponent_of(scale)
 };
 
 AlignArgs align_args(const AlignParams& params, RowPlace* places);

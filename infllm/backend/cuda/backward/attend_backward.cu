@@ -3,14 +3,14 @@
 #include "infllm/backend/cuda/backward/passes.h"
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/heads.h"
-#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/powers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 
 namespace infllm::cuda::backward {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxGroup = 128;
-constexpr double kLog2E = 1.4426950408889634;
 
 struct StatisticsArgs {
   const void* o;
@@ -45,11 +45,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(StatisticsArgs a) 
   const std::int64_t stat = row % a.heads * a.tokens + row / a.heads;
   const float lse = a.lse[stat];
   if (a.grad_lse != nullptr) sum -= a.grad_lse[stat];
-  a.stats[row] = {lse == -INFINITY ? INFINITY : lse * static_cast<float>(kLog2E), sum};
-}
-
-bool has_lists(const AttendParams& forward) {
-  return forward.selection != nullptr && forward.batch.any_sparse;
+  a.stats[row] = {lse == -INFINITY ? INFINITY : lse * kLog2E, sum};
 }
 
 std::int64_t part_floats(const AttendParams& forward, const Choosers& choosers) {
@@ -74,7 +70,7 @@ BackwardArgs backward_args(const AttendBackwardParams& params) {
           .group = forward.heads_q / forward.pages.layout.kv_heads,
           .tile_tokens = tile_tokens(forward),
           .scale = forward.scale,
-          .c = static_cast<float>(forward.scale * kLog2E)};
+          .c = exponent_of(forward.scale)};
 }
 
 }  // namespace
@@ -89,14 +85,11 @@ Status take_statistics(const Backend& backend, const AttendBackwardParams& p,
                             .stats = stats,
                             .tokens = f.batch.num_tokens,
                             .heads = f.heads_q};
-  const int dim = f.pages.layout.head_dim;
-  const auto blocks = static_cast<unsigned>(
-      ceil_div(args.tokens * args.heads * (dim / kVector), std::int64_t{kThreads}));
   const cudaStream_t stream = device_of(backend).stream;
-  with_type(f.pages.layout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const auto kernel = dim == 128 ? statistics_kernel<T, 128> : statistics_kernel<T, 64>;
-    kernel<<<blocks, kThreads, 0, stream>>>(args);
+  with_shape(f.pages.layout, [&]<typename T, int D>() {
+    const auto blocks = static_cast<unsigned>(
+        ceil_div(args.tokens * args.heads * (D / kVector), std::int64_t{kThreads}));
+    statistics_kernel<T, D><<<blocks, kThreads, 0, stream>>>(args);
   });
   return launched("attend_backward");
 }
@@ -107,7 +100,7 @@ Status query_gradient(const Backend& backend, const AttendBackwardParams& params
   BackwardArgs args = backward_args(params);
   args.stats = stats;
   Arena arena(workspace);
-  if (has_lists(forward)) {
+  if (is_sparse(forward)) {
     args.lists = INFLLM_TRY(sm80::build_union_lists(backend, forward, args.tile_tokens, arena));
   }
   return query_gradient(backend, forward, args);
@@ -115,7 +108,7 @@ Status query_gradient(const Backend& backend, const AttendBackwardParams& params
 
 std::size_t query_gradient_bytes(const AttendBackwardParams& params) {
   const AttendParams& forward = params.forward;
-  return has_lists(forward) ? sm80::union_bytes(forward, tile_tokens(forward)) : 0;
+  return is_sparse(forward) ? sm80::union_bytes(forward, tile_tokens(forward)) : 0;
 }
 
 Status attend_backward(const Backend& backend, const AttendBackwardParams& params,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "infllm/backend/cuda/backward/choosers.h"
 #include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm80/token_tile.cuh"
 
 namespace infllm::cuda::backward {
@@ -181,7 +182,7 @@ Choosers choosers(const AttendParams& params) {
   c.heads_kv = params.pages.layout.kv_heads;
   c.max_blocks = static_cast<std::int32_t>(ceil_div(batch.max_kv_length, kPageTokens));
   c.num_blocks = std::int64_t{c.heads_kv} * batch.num_sequences * c.max_blocks;
-  const bool listed = params.selection != nullptr && batch.any_sparse;
+  const bool listed = is_sparse(params);
   if (listed) {
     c.segment_tokens = static_cast<std::int32_t>(
         std::max<std::int64_t>(kSegmentTokens, ceil_div(batch.num_tokens, kMaxSegments)));

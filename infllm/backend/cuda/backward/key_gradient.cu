@@ -17,7 +17,7 @@
 
 #include "infllm/backend/cuda/backward/passes.h"
 #include "infllm/backend/cuda/launch.cuh"
-#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm80/warp_products.cuh"
 
 namespace infllm::cuda::backward {
@@ -306,11 +306,8 @@ Status launch(const Device& device, const BackwardArgs& args) {
 
 Status key_gradient(const Backend& backend, const AttendParams& forward, const BackwardArgs& args) {
   const Device& device = device_of(backend);
-  const KvLayout& layout = forward.pages.layout;
-  return with_type(layout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return layout.head_dim == 128 ? launch<T, 128>(device, args) : launch<T, 64>(device, args);
-  });
+  return with_shape(forward.pages.layout,
+                    [&]<typename T, int D>() { return launch<T, D>(device, args); });
 }
 
 }  // namespace infllm::cuda::backward

@@ -31,7 +31,7 @@ struct BackwardArgs {
   int group;
   int tile_tokens;
   float scale;
-  float c;  // scale log2(e)
+  float c;  // exponent_of(scale)
 };
 
 // Of all rows: the first kernel of every column.

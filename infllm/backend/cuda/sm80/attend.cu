@@ -20,17 +20,14 @@
 
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/heads.h"
+#include "infllm/backend/cuda/powers.cuh"
 #include "infllm/backend/cuda/sm80/attend.h"
 #include "infllm/backend/cuda/sm80/row_tile.cuh"
-#include "infllm/backend/cuda/tile/control.cuh"
 
 namespace infllm::cuda::sm80 {
 namespace {
 
-constexpr int kSteps = 32;            // steps that are looked up together
-constexpr float kNoMaximum = -1e30f;  // instead of -inf, so that no difference is undefined
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr double kLog2E = 1.4426950408889634;
+constexpr int kSteps = 32;  // steps that are looked up together
 
 struct AttendArgs {
   PagePool pool;
@@ -42,7 +39,7 @@ struct AttendArgs {
   int heads_q;
   int group;
   int tile_tokens;
-  float c;  // scale log2(e)
+  float c;  // exponent_of(scale)
 };
 
 // A ring of three slots for dense tiles; of two for sparse ones, so that four thread blocks fit.
@@ -221,8 +218,8 @@ Status attend(const Backend& backend, const AttendParams& params, std::span<std:
                   .heads_q = params.heads_q,
                   .group = params.heads_q / layout.kv_heads,
                   .tile_tokens = tokens,
-                  .c = static_cast<float>(params.scale * kLog2E)};
-  if (params.selection != nullptr && params.batch.any_sparse) {
+                  .c = exponent_of(params.scale)};
+  if (is_sparse(params)) {
     Arena arena(workspace);
     args.lists = INFLLM_TRY(build_union_lists(backend, params, tokens, arena));
   }

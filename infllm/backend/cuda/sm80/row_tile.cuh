@@ -18,7 +18,7 @@
 #pragma once
 
 #include "infllm/backend/cuda/launch.cuh"
-#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm80/token_tile.cuh"
 #include "infllm/backend/cuda/sm80/union_lists.h"
 #include "infllm/backend/cuda/sm80/warp_products.cuh"
@@ -33,7 +33,7 @@ inline constexpr int kDenseWarps = 4;
 inline constexpr int kSparseWarps = 2;
 
 inline bool is_sparse_shape(const AttendParams& params) {
-  return params.selection != nullptr && params.batch.any_sparse &&
+  return is_sparse(params) &&
          2 * (params.heads_q / params.pages.layout.kv_heads) <= kSparseWarps * kWarpRows;
 }
 
@@ -209,14 +209,9 @@ Status launch_row_tiles(const char* what, void (*kernel)(Args), const Args& args
 template <class Run>
 Status with_row_shape(const AttendParams& params, Run&& run) {
   const bool sparse = is_sparse_shape(params);
-  return with_type(params.pages.layout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (params.pages.layout.head_dim == 128) {
-      return sparse ? run.template operator()<T, 128, kSparseWarps>()
-                    : run.template operator()<T, 128, kDenseWarps>();
-    }
-    return sparse ? run.template operator()<T, 64, kSparseWarps>()
-                  : run.template operator()<T, 64, kDenseWarps>();
+  return with_shape(params.pages.layout, [&]<typename T, int D>() {
+    return sparse ? run.template operator()<T, D, kSparseWarps>()
+                  : run.template operator()<T, D, kDenseWarps>();
   });
 }
 

@@ -12,19 +12,17 @@
 //
 // Only windows of blocks that selection may choose freely are scored in the second pass (those
 // before the local window, spec section 5); the first needs every visible one.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <bit>
 
 #include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/heads.h"
 #include "infllm/backend/cuda/pooled.h"
+#include "infllm/backend/cuda/powers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm80/group_sum.cuh"
 #include "infllm/backend/cuda/sm80/score.h"
 #include "infllm/backend/cuda/sm80/smem_tile.cuh"
 #include "infllm/backend/cuda/sm80/token_tile.cuh"
-#include "infllm/backend/cuda/tile/control.cuh"
 
 namespace infllm::cuda::sm80 {
 namespace {
@@ -32,8 +30,6 @@ namespace {
 constexpr int kSlots = 3;             // tiles of windows in flight
 constexpr int kMaxGroup = kWarpRows;  // a group's sum stays within a warp
 constexpr int kTileBlocks = kPooledTile / kFineRows;
-constexpr float kNoMaximum = -1e30f;  // instead of -inf, so that no difference is undefined
-constexpr double kLog2E = 1.4426950408889634;
 
 static_assert(kPooledTile == kSumWindows);
 
@@ -49,7 +45,7 @@ struct ScoreArgs {
   int heads_kv;
   int group;
   int padded_group;
-  float c;  // scale log2(e)
+  float c;  // exponent_of(scale)
   int init_blocks;
   int local_blocks;
   int budget_blocks;
@@ -396,16 +392,12 @@ Status score(const Backend& backend, const ScoreParams& params, std::span<std::b
       .heads_kv = layout.kv_heads,
       .group = group,
       .padded_group = static_cast<int>(std::bit_ceil(static_cast<unsigned>(group))),
-      .c = static_cast<float>(params.scale * kLog2E),
+      .c = exponent_of(params.scale),
       .init_blocks = params.config.init_blocks,
       .local_blocks = params.config.local_blocks(),
       .budget_blocks = params.config.budget_blocks(),
       .round = params.config.score_rounding == ScoreRounding::kBF16};
-  const bool wide = layout.head_dim == 128;
-  if (layout.dtype == DType::kF16) {
-    return wide ? launch<__half, 128>(device, args) : launch<__half, 64>(device, args);
-  }
-  return wide ? launch<__nv_bfloat16, 128>(device, args) : launch<__nv_bfloat16, 64>(device, args);
+  return with_shape(layout, [&]<typename T, int D>() { return launch<T, D>(device, args); });
 }
 
 std::size_t score_bytes(const Backend&, const ScoreParams& params) {

@@ -1,20 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <bit>
 
-#include "infllm/backend/cuda/page.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward.h"
 #include "infllm/backend/cuda/sm90/attend_backward_passes.h"
+#include "infllm/backend/cuda/sm90/attend_shapes.h"
 
 namespace infllm::cuda::sm90 {
 namespace {
 
 std::int64_t rows_of(const AttendBackwardParams& params) {
   return std::int64_t{params.forward.batch.num_tokens} * params.forward.heads_q;
-}
-
-bool is_sparse(const AttendParams& forward) {
-  return forward.selection != nullptr && forward.batch.any_sparse;
 }
 
 // Tiles of the dQ pass would be of more tokens than a set of tokens has bits.
@@ -30,14 +26,8 @@ bool takes_one_pass(const AttendParams& forward) {
 
 bool attends_backward(const AttendBackwardParams& params) {
   const AttendParams& forward = params.forward;
-  const KvLayout& layout = forward.pages.layout;
-  if (layout.kv_heads < 1 || forward.heads_q % layout.kv_heads != 0) return false;
   if (forward.batch.num_tokens == 0) return false;  // a tensor map cannot be empty
-  const auto group = static_cast<unsigned>(forward.heads_q / layout.kv_heads);
-  const bool fits = group >= 2 && group <= (is_sparse(forward) ? 32 : 64);
-  return std::has_single_bit(group) && fits && (layout.head_dim == 64 || layout.head_dim == 128) &&
-         layout.config.block_size == kPageTokens &&
-         (layout.dtype == DType::kBF16 || layout.dtype == DType::kF16);
+  return covers(forward, 2, is_sparse(forward) ? 32 : 64);
 }
 
 Status attend_backward(const Backend& backend, const AttendBackwardParams& params,

@@ -42,7 +42,7 @@ struct KeyArgs {
   void* grad_v;
   float* sums;
   float scale;
-  float c;  // scale log2(e)
+  float c;  // exponent_of(scale)
   std::int32_t heads;
   std::int32_t group_log2;
 };

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_dense.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_launch.cuh"
 
@@ -118,7 +118,6 @@ bool suits_dense_gradient(const AttendParams& forward) {
 Status dense_gradient(const Backend& backend, const AttendBackwardParams& params,
                       const RowStatistics* stats, std::span<std::byte> workspace) {
   const AttendParams& forward = params.forward;
-  const KvLayout& layout = forward.pages.layout;
   const DensePlan plan(forward);
   DenseArgs args{.keys = key_args(params, stats),
                  .query_sums = nullptr,
@@ -135,11 +134,8 @@ Status dense_gradient(const Backend& backend, const AttendBackwardParams& params
   args.keys.batch.any_sparse = false;
   Arena arena(workspace);
   plan.take([&]<typename T>(T*& array, std::int64_t count) { array = arena.take<T>(count); }, args);
-  return with_type(layout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Device& device = device_of(backend);
-    return layout.head_dim == 128 ? run<KeyConfig<T, 128, false>>(device, params, plan, args)
-                                  : run<KeyConfig<T, 64, false>>(device, params, plan, args);
+  return with_shape(forward.pages.layout, [&]<typename T, int kDim>() {
+    return run<KeyConfig<T, kDim, false>>(device_of(backend), params, plan, args);
   });
 }
 

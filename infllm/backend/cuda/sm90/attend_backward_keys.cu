@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_keys.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_launch.cuh"
 
@@ -32,7 +32,6 @@ Status key_gradient(const Backend& backend, const AttendBackwardParams& params,
                     const RowStatistics* stats, std::span<std::byte> workspace) {
   const Device& device = device_of(backend);
   const AttendParams& forward = params.forward;
-  const KvLayout& layout = forward.pages.layout;
   ListedArgs args{.keys = key_args(params, stats), .choosers = backward::choosers(forward)};
   if (forward.selection == nullptr) args.keys.batch.any_sparse = false;
   Arena arena(workspace);
@@ -41,10 +40,8 @@ Status key_gradient(const Backend& backend, const AttendBackwardParams& params,
       [&]<typename T>(T*& array, std::int64_t count) { array = arena.take<T>(count); },
       args.keys.sums);
   INFLLM_TRY(backward::build_choosers(backend, forward, args.choosers));
-  return with_type(layout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return layout.head_dim == 128 ? launch<KeyConfig<T, 128, true>>(device, params, args)
-                                  : launch<KeyConfig<T, 64, true>>(device, params, args);
+  return with_shape(forward.pages.layout, [&]<typename T, int kDim>() {
+    return launch<KeyConfig<T, kDim, true>>(device, params, args);
   });
 }
 

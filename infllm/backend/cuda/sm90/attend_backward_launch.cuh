@@ -15,7 +15,6 @@ namespace infllm::cuda::sm90 {
 
 // Without sums of parts, whose place in the workspace the passes know.
 inline KeyArgs key_args(const AttendBackwardParams& params, const RowStatistics* stats) {
-  constexpr double kLog2E = 1.4426950408889634;
   const AttendParams& forward = params.forward;
   const std::int32_t heads = forward.pages.layout.kv_heads;
   return {.batch = forward.batch,
@@ -25,7 +24,7 @@ inline KeyArgs key_args(const AttendBackwardParams& params, const RowStatistics*
           .grad_v = params.grad_v,
           .sums = nullptr,
           .scale = forward.scale,
-          .c = static_cast<float>(forward.scale * kLog2E),
+          .c = exponent_of(forward.scale),
           .heads = heads,
           .group_log2 = std::countr_zero(static_cast<unsigned>(forward.heads_q / heads))};
 }

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "infllm/backend/cuda/numbers.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_queries.cuh"
 #include "infllm/backend/cuda/sm90/attend_launch.cuh"
 
@@ -22,7 +22,6 @@ AttendPlan<C> take(const AttendParams& forward, Taker&& taker, unsigned*& taken,
 template <class C>
 Status run(const Device& device, const AttendBackwardParams& params, const RowStatistics* stats,
            std::span<std::byte> workspace) {
-  constexpr double kLog2E = 1.4426950408889634;
   const AttendParams& forward = params.forward;
   const cudaStream_t stream = device.stream;
   Arena arena(workspace);
@@ -51,7 +50,7 @@ Status run(const Device& device, const AttendBackwardParams& params, const RowSt
                    .lists = lists,
                    .o = params.grad_q,
                    .lse = nullptr,
-                   .c = static_cast<float>(forward.scale * kLog2E),
+                   .c = exponent_of(forward.scale),
                    .heads = plan.heads,
                    .group_log2 = std::countr_zero(static_cast<unsigned>(plan.group)),
                    .tile_tokens = plan.tile_tokens,
@@ -70,7 +69,7 @@ Status run(const Device& device, const AttendBackwardParams& params, const RowSt
 // Calls work.template operator()<C>() for each configuration that the call needs.
 template <typename T, int kDim, class Work>
 Status for_each_config(const AttendParams& p, Work&& work) {
-  const bool sparse = p.selection != nullptr && p.batch.any_sparse;
+  const bool sparse = is_sparse(p);
   if (sparse && p.heads_q == 16 * p.pages.layout.kv_heads) {
     INFLLM_TRY(work.template operator()<QueryGradientConfig<T, kDim, true, 16>>());
   } else if (sparse) {
@@ -81,11 +80,8 @@ Status for_each_config(const AttendParams& p, Work&& work) {
 
 template <class Work>
 Status for_each_config(const AttendParams& p, Work&& work) {
-  return with_type(p.pages.layout.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return p.pages.layout.head_dim == 128 ? for_each_config<T, 128>(p, work)
-                                          : for_each_config<T, 64>(p, work);
-  });
+  return with_shape(p.pages.layout,
+                    [&]<typename T, int kDim>() { return for_each_config<T, kDim>(p, work); });
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ struct AttendArgs {
   UnionLists lists;
   void* o;
   float* lse;
-  float c;  // scale log2(e)
+  float c;  // exponent_of(scale)
   std::int32_t heads;
   std::int32_t group_log2;
   std::int32_t tile_tokens;

@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "infllm/backend/cuda/launch.cuh"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm90/attend_kernel.cuh"
 #include "infllm/backend/cuda/tile/tensor_map.h"
 #include "infllm/core/arena.h"
@@ -108,7 +109,6 @@ inline Result<CUtensorMap> rows_map(const AttendParams& p, const void* rows,
 template <class C>
 Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cudaStream_t stream,
                   int sm_count) {
-  constexpr float kLog2E = 1.4426950408889634f;
   const AttendPlan<C> plan(params);
   Arena arena(workspace);
   unsigned* taken = nullptr;
@@ -134,7 +134,7 @@ Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cu
                     .lists = lists,
                     .o = params.o,
                     .lse = static_cast<float*>(params.lse),
-                    .c = params.scale * kLog2E,
+                    .c = exponent_of(params.scale),
                     .heads = plan.heads,
                     .group_log2 = std::countr_zero(static_cast<unsigned>(plan.group)),
                     .tile_tokens = plan.tile_tokens,

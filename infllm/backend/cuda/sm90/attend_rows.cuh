@@ -153,7 +153,6 @@ template <class C>
 __device__ __forceinline__ void store_tile(const AttendArgs& a, const Rows<C>& rows,
                                            const RowState (&state)[2],
                                            const float (&o)[C::kDim / 2]) {
-  constexpr float kLn2 = 0.6931471805599453f;
   const Tile& tile = rows.tile;
   const int heads_q = a.heads << rows.group_log2;
 #pragma unroll

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Running soft-max of the two rows that a lane holds of a wgmma accumulator (rows lane / 4 and
-// lane / 4 + 8 of its warp, spread over the four lanes of a quad). With c = scale log2(e) and x the
-// raw products:
+// lane / 4 + 8 of its warp, spread over the four lanes of a quad). With c = exponent_of(scale) and
+// x the raw products:
 //
 //   m = a maximum of x seen so far, l = sum 2^(c (x - m)), o = sum 2^(c (x - m)) v
 //
@@ -10,12 +10,11 @@
 // is nothing to rescale, and the final division makes the result exact all the same.
 #pragma once
 
-#include "infllm/backend/cuda/tile/control.cuh"
+#include "infllm/backend/cuda/powers.cuh"
 
 namespace infllm::cuda::sm90 {
 
-inline constexpr float kNoMaximum = -1e30f;  // finite: differences of it are not NaN
-inline constexpr float kSlack = 8;           // in powers of two
+inline constexpr float kSlack = 8;  // in powers of two
 inline constexpr float kInfinity = __builtin_huge_valf();
 
 struct RowState {

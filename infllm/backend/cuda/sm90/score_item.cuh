@@ -23,7 +23,7 @@ struct ScoreTask {
   std::int32_t init_blocks = 0;
   std::int32_t local_blocks = 0;      // of the local window, the own block included
   bool fine_normaliser = false;       // LseSource::kFine
-  float exponent = 0;                 // scale log2(e): logits as powers of two
+  float exponent = 0;                 // exponent_of(scale): logits as powers of two
   std::int32_t* selection = nullptr;  // [Hkv, T, K]
   std::int64_t items = 0;
 };

@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "infllm/backend/cuda/tile/control.cuh"
+#include "infllm/backend/cuda/powers.cuh"
 
 namespace infllm::cuda::sm90 {
 

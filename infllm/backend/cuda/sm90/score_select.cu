@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include <string>
 
 #include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/pooled.h"
+#include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm90/score_kernel.cuh"
 #include "infllm/backend/cuda/sm90/score_select.h"
 #include "infllm/backend/cuda/tile/tensor_map.h"
 
 namespace infllm::cuda::sm90 {
 namespace {
-
-constexpr float kLog2E = 1.44269504f;
 
 // [T][Hq][D] as [D / 64][T][Hq][64], so that a box of 64 rows lands as the panels of an operand.
 Result<CUtensorMap> query_map(const ScoreParams& p, int group, int group_tokens) {
@@ -64,7 +62,7 @@ Status launch_shape(const Device& device, const ScoreSelectParams& params, const
                        .init_blocks = p.config.init_blocks,
                        .local_blocks = p.config.local_blocks(),
                        .fine_normaliser = p.config.lse_source == LseSource::kFine,
-                       .exponent = p.scale * kLog2E,
+                       .exponent = exponent_of(p.scale),
                        .selection = params.select.selection,
                        .items = count_items(p.batch, heads_kv, Shape::kTokens)};
   constexpr std::size_t kShared = sizeof(ScoreMemory<Shape>);
@@ -76,7 +74,7 @@ Status launch_shape(const Device& device, const ScoreSelectParams& params, const
 
 // Calls run(ScoreShape) with the shape's constants.
 template <typename Run>
-Status with_shape(const ScoreSelectParams& params, Run&& run) {
+Status with_score_shape(const ScoreSelectParams& params, Run&& run) {
   const ScoreParams& p = params.score;
   const int group = p.heads_q / p.pages.layout.kv_heads;
   const bool rounded = p.config.score_rounding == ScoreRounding::kBF16;
@@ -93,12 +91,7 @@ Status with_shape(const ScoreSelectParams& params, Run&& run) {
     return unsupported("score_select: groups of " + std::to_string(group) +
                        " heads; expected 2, 4, 8 or 16");
   };
-  const auto with_dim = [&]<typename Element>() -> Status {
-    return p.pages.layout.head_dim == 128 ? with_group.template operator()<Element, 128>()
-                                          : with_group.template operator()<Element, 64>();
-  };
-  return p.pages.layout.dtype == DType::kBF16 ? with_dim.template operator()<__nv_bfloat16>()
-                                              : with_dim.template operator()<__half>();
+  return with_shape(p.pages.layout, with_group);
 }
 
 }  // namespace
@@ -120,7 +113,7 @@ Status score_select(const Backend& backend, const ScoreSelectParams& params,
   Arena arena(workspace);
   const PooledKeys keys = carve(sizes, arena);
   INFLLM_TRY(gather_pooled(backend, params.score, keys));
-  return with_shape(params, [&]<typename Shape>(Shape) {
+  return with_score_shape(params, [&]<typename Shape>(Shape) {
     return launch_shape<Shape>(device, params, sizes, keys);
   });
 }
