@@ -14,6 +14,22 @@ import infllm
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A way of continuing. sparse: attends to chosen blocks; taught: with the alignment loss."""
+
+    sparse: bool
+    taught: bool
+
+
+ARMS = {
+    "dense": Arm(sparse=False, taught=False),
+    "sparse": Arm(sparse=True, taught=False),
+    "aligned": Arm(sparse=True, taught=True),
+    "taught": Arm(sparse=False, taught=True),
+}
+
+
 def dense(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
     """Causal attention by PyTorch. q [T, Hq, D], k, v [T, Hkv, D], T = sequences x length."""
     q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))

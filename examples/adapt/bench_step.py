@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--config", default=settings_lib.HERE / "configs/h200.toml")
     parser.add_argument("--model", type=pathlib.Path, help="a checkpoint, on documents of --data")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768])
-    parser.add_argument("--arms", nargs="+", default=list(train.ARMS), choices=train.ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(attending.ARMS), choices=attending.ARMS)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--no-compile", action="store_true")
@@ -91,13 +91,13 @@ def main():
         tokens, kinds = batch(args, net.config, length, count)
         given = tokens.to(device), kinds.to(device)
         for arm in args.arms:
-            sparse = None if arm == "dense" else net.config.sparse
+            sparse = net.config.sparse if attending.ARMS[arm].sparse else None
             times = []
             for _ in range(args.warmup + args.steps):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
                 lesson = {}
-                if arm == "aligned":
+                if attending.ARMS[arm].taught:
                     lesson = train.draw_lesson(settings.align, net.config, kinds, generator)
                 attend = attending.Attend(total, length, device, sparse, **lesson)
                 loss, *_ = train.step_losses(net, *given, attend, rope, settings.optimizer)

@@ -8,7 +8,8 @@ the largest logit is the right one at each of its tokens (of the common words: i
 missing). A task's score is the share of right items, as RULER counts; the records keep the right
 items of every case, in an order that is the same for all checkpoints. Perplexity is that of the same
 held-out tokens with more and more text before them. Below dense_len both readings are one; above, a
-reading that matters less can be given fewer cases. Lengths that --out has already are not scored again.
+reading that matters less can be given fewer cases. Cases that --out has already are not scored again:
+interrupted, an evaluation goes on, and with other limits it gets the cases that are missing.
 """
 
 import argparse
@@ -42,14 +43,14 @@ def cases_of(args, settings, length: int) -> int:
 
 class Cases(torch.utils.data.Dataset):
     """Batches of cases, round robin over tasks: (length, tokens [B, length + 1], and of each case its
-    number, task and items)."""
+    number, task and items). missing(number, task, length): whether a case is to be scored."""
 
-    def __init__(self, args, settings, lengths, tasks):
+    def __init__(self, args, settings, lengths, missing):
         self.args, self.batches = args, []
         for length in lengths:
             size = max(1, settings.tokens_per_step // length)
-            count = cases_of(args, settings, length)
-            cases = [(i, task) for i in range(count) for task in tasks]
+            numbers = range(cases_of(args, settings, length))
+            cases = [(i, task) for i in numbers for task in ruler.TASKS if missing(i, task, length)]
             self.batches += [(length, cases[i : i + size]) for i in range(0, len(cases), size)]
         self.maker = None
 
@@ -109,28 +110,24 @@ def held_out_texts(filler, lengths, count, bos):
                 yield length, torch.from_numpy(text)[None]
 
 
-def scored_already(path: pathlib.Path, wanted) -> set:
-    """Lengths of which a file has all cases. wanted(length, sparse): their number a task."""
-    found = collections.Counter()
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["name"] == "adapt.task":
-                sparse = record["attention"] == NAMES[True]
-                if len(record["each"]) >= wanted(record["length"], sparse):
-                    found[record["length"]] += 1
-    return {length for length, count in found.items()
-            if count >= len(ruler.TASKS) * sum(wanted(length, s) > 0 for s in NAMES)}  # fmt: skip
-
-
 class Results:
-    """Right items of every case, and the file that they go to."""
+    """Right items of every case, in order, and the file that they come from and go to."""
 
     def __init__(self, path: pathlib.Path, common: dict):
-        self.path, self.common = path, common
+        self.path, self.common, self.changed = path, common, set()
         self.right, self.asked = collections.defaultdict(list), collections.Counter()
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            record = json.loads(line)
+            if record["name"] == "adapt.task":
+                key = record["task"], record["length"], record["attention"] == NAMES[True]
+                self.right[key], self.asked[key] = record["each"], record["total"]
+
+    def count(self, task, length, sparse) -> int:
+        """How many cases there are already."""
+        return len(self.right.get((task, length, sparse), ()))
 
     def add(self, task, length, sparse, right: int, asked: int) -> None:
+        self.changed.add((task, length, sparse))
         self.right[task, length, sparse].append(right)
         self.asked[task, length, sparse] += asked
 
@@ -140,10 +137,10 @@ class Results:
                 print(json.dumps(record), file=out)
 
     def flush(self) -> None:
-        """Writes and forgets what there is, and says the scores of each task."""
+        """Writes what has come, with what was there of it, and says the scores of each task."""
         records, cells = [], collections.defaultdict(list)
-        for (task, length, sparse), each in self.right.items():
-            total = self.asked[task, length, sparse]
+        for task, length, sparse in sorted(self.changed, key=lambda key: ruler.TASKS.index(key[0])):
+            each, total = self.right[task, length, sparse], self.asked[task, length, sparse]
             records.append({"name": "adapt.task", **self.common, "task": task, "length": length,
                             "attention": NAMES[sparse], "correct": sum(each), "total": total,
                             "each": each})  # fmt: skip
@@ -152,8 +149,7 @@ class Results:
         for (length, name), scores in cells.items():
             print(f"{self.common['arm']} {length} {name}: {np.mean(scores):.2f}",
                   *(f"{x:.0f}" for x in scores), file=sys.stderr, flush=True)  # fmt: skip
-        self.right.clear()
-        self.asked.clear()
+        self.changed.clear()
 
 
 def main():
@@ -192,18 +188,19 @@ def main():
             most = sys.maxsize
         return min(most, cases_of(args, settings, length)) if sparse in readings else 0
 
-    finished = scored_already(args.out, wanted)
     # The longest that training saw first: if time runs out, that is known.
     lengths = args.lengths or sorted(map(int, settings.evaluate["cases"]), reverse=True)
-    lengths = [length for length in lengths if length not in finished]
     common = {
         "model": settings.name, "arm": args.arm, "seed": args.seed, **origin.fields(),
         "blocks": net.config.sparse.budget_blocks,
     }  # fmt: skip
     results = Results(args.out, common)
-    loader = torch.utils.data.DataLoader(
-        Cases(args, settings, lengths, ruler.TASKS), batch_size=None, num_workers=args.workers
-    )
+
+    def missing(number, task, length, sparse):
+        return results.count(task, length, sparse) <= number < wanted(length, sparse)
+
+    cases = Cases(args, settings, lengths, lambda *case: any(missing(*case, s) for s in readings))
+    loader = torch.utils.data.DataLoader(cases, batch_size=None, num_workers=args.workers)
     last = None
     for length, tokens, items in loader:
         if length != last:
@@ -211,13 +208,15 @@ def main():
             last = length
         if time.time() > args.deadline:
             break
+        best = {}  # of the batch, by whether it was attended to sparsely
         for sparse in readings:
-            rows = [row for row, item in enumerate(items) if item[0] < wanted(length, sparse)]
-            if rows and (sparse == readings[0] or net.config.sparse.is_sparse_at(length)):
-                best = score(tokens, sparse)[1].cpu()
+            chosen = sparse and net.config.sparse.is_sparse_at(length)
+            rows = [row for row, item in enumerate(items) if missing(item[0], item[1], length, sparse)]
+            if rows and chosen not in best:
+                best[chosen] = score(tokens, chosen)[1].cpu()
             for row in rows:
                 _, task, asked = items[row]
-                right = right_items(tokens[row], best[row], asked)
+                right = right_items(tokens[row], best[chosen][row], asked)
                 results.add(task, length, sparse, right, len(asked))
     results.flush()
     losses = collections.defaultdict(list)

@@ -11,26 +11,37 @@ save their state and evaluations what they have; started again, everything goes 
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import settings as settings_lib
 import torch
 
 HERE = settings_lib.HERE
-STOPPING = 12  # seconds before the end at which jobs begin to save what they have
-LEAST = 30  # seconds that a job must have ahead to be begun
-ARMS = ("dense", "aligned", "sparse")  # where time may run out, (a) and (d) are wanted most
-# Cases a task at the lengths where the two readings differ: the readings that tables compare get all.
-FEWER = {
-    "short": ("--most", 16),
+STOPPING = 8  # seconds before the end at which jobs begin to save what they have
+LEAST = 25  # seconds that a job must have ahead to be begun
+EVALUATION = 55  # seconds that scoring a run takes
+ARMS = ("dense", "aligned", "taught", "sparse")  # where time may run out, the first are wanted most
+# Cases a task at the lengths where the two readings differ: first those that tables need,
+# for the readings that they compare, and when all else is done as many as there are.
+FIRST = {
+    "short": ("--most-dense", 16, "--most-sparse", 16),
+    "dense": ("--most-dense", 64, "--most-sparse", 16),
+    "aligned": ("--most-dense", 32, "--most-sparse", 64),
+    "taught": ("--most-dense", 64, "--most-sparse", 32),
+    "sparse": ("--most-dense", 16, "--most-sparse", 64),
+}
+MORE = {
+    "aligned": (),
     "dense": ("--most-sparse", 16),
-    "sparse": ("--most-dense", 16, "--most-sparse", 32),
-    "aligned": ("--most-dense", 32),
+    "taught": ("--most-sparse", 64),
+    "sparse": ("--most-dense", 64),
 }
 
 
@@ -40,6 +51,7 @@ class Job:
     command: tuple
     needs: tuple = ()
     gpus: int = 1
+    ahead: Callable[[], float] = lambda: LEAST  # seconds that must be left for it to be begun
     process: subprocess.Popen | None = None
     held: tuple = ()  # the GPUs it runs on
 
@@ -88,7 +100,7 @@ class Jobs:
             late = self.end - time.time()
             for job in self.jobs:
                 if not (job.process or job.name in self.failed or self.done(job.name)) and (
-                    late > LEAST and all(map(self.done, job.needs)) and len(self.free) >= job.gpus
+                    late > job.ahead() and all(map(self.done, job.needs)) and len(self.free) >= job.gpus
                 ):
                     self.begin(job)
                     running.append(job)
@@ -99,6 +111,14 @@ class Jobs:
             if late < 0 or not running:
                 return
             time.sleep(0.2)
+
+
+def whole(out: pathlib.Path, arm: str, name: str) -> float:
+    """Seconds that a run and its scoring take, going by the same arm's run with another seed."""
+    told = out / arm / "run.jsonl"
+    if (out / name / "state.pt").exists() or not told.exists():
+        return LEAST
+    return json.loads(told.read_text(encoding="utf-8"))["seconds"] + EVALUATION
 
 
 def cores() -> int:
@@ -112,37 +132,46 @@ def plan(args, gpus: int, workers: int, end: float) -> list:
     common = ("--config", args.config, *places)
     kept = (*common, "--workers", workers, "--stretch", args.stretch, "--pause-at", stop)
     limit = ("--deadline", args.short_until) if args.short_until else ()
+    seed, *others = args.seeds
     first = (python,) if gpus == 1 else (python, "-m", "torch.distributed.run", "--nproc-per-node", gpus)
     jobs = [
         Job("documents", (python, HERE / "documents.py", *places, "--processes", max(1, cores() - 4)), gpus=0),
-        Job("short", (*first, HERE / "train.py", *kept, *limit, "--phase", "pretrain", "--out", out / "short"),
-            ("documents",), gpus),
+        Job("short", (*first, HERE / "train.py", *kept, *limit, "--phase", "pretrain", "--seed", seed,
+                      "--out", out / "short"), ("documents",), gpus),
     ]  # fmt: skip
 
     def train(arm, seed, name):
         jobs.append(Job(name, (python, HERE / "train.py", *kept, "--phase", "adapt", "--arm", arm, "--seed", seed,
-                               "--init", out / "short/model", "--out", out / name), ("short",)))  # fmt: skip
+                               "--init", out / "short/model", "--out", out / name), ("short",),
+                        ahead=lambda: whole(out, arm, name)))  # fmt: skip
 
-    def evaluate(run, arm, seed, name, *more):
-        jobs.append(Job(name, (python, HERE / "evaluate.py", *common, "--workers", workers, "--deadline", stop,
-                               "--model", out / run / "model", "--arm", arm, "--seed", seed,
-                               "--out", out / f"{name}.jsonl", *more), (run,)))  # fmt: skip
+    def evaluate(run, arm, seed, job, to, needed, *more):
+        jobs.append(Job(job, (python, HERE / "evaluate.py", *common, "--workers", workers, "--deadline", stop,
+                              "--model", out / run / "model", "--arm", arm, "--seed", seed,
+                              "--out", out / f"{to}.jsonl", *more), (needed,)))  # fmt: skip
 
-    first, *others = args.seeds
-    for arm in ARMS:
-        train(arm, first, arm)
-    for arm in ("short", *ARMS):
-        evaluate(arm, arm, first, f"evaluate-{arm}", *FEWER[arm])
+    def score(run, arm, seed, *more):
+        evaluate(run, arm, seed, f"evaluate-{run}", f"evaluate-{run}", run, *FIRST[arm], *more)
+
+    # What is trained is scored as soon as a GPU is free, so that little is lost where time runs out.
+    for pair in (ARMS[:2], ARMS[2:]):
+        for arm in pair:
+            train(arm, seed, arm)
+        for arm in pair:
+            score(arm, arm, seed)
+    score("short", "short", seed)
     step = (python, HERE / "bench_step.py", *common, "--out", out / "step.jsonl")
     jobs.append(Job("step", (*step, "--model", out / "aligned/model"), ("aligned",)))
-    again = [(arm, seed, f"{arm}-{seed}") for seed in others for arm in args.again]
-    for arm, seed, name in again:
-        train(arm, seed, name)
-    for arm, seed, name in again:
-        evaluate(name, arm, seed, f"evaluate-{name}", *FEWER[arm], "--no-text")
+    again = [(arm, other, f"{arm}-{other}") for other in others for arm in args.again]
+    for arm, other, name in again:
+        train(arm, other, name)
+    for arm, other, name in again:
+        score(name, arm, other, "--no-text")
+    for arm in MORE:
+        evaluate(arm, arm, seed, f"more-{arm}", f"evaluate-{arm}", f"evaluate-{arm}", *MORE[arm], "--no-text")
     for topk in (32, 8):  # 64 and 40 of the 96 blocks that it was continued with
-        evaluate("aligned", "aligned", first, f"few-{topk}", "--topk", topk, "--lengths", 32768,
-                 "--most", 16)  # fmt: skip
+        evaluate("aligned", "aligned", seed, f"few-{topk}", f"few-{topk}", "aligned",
+                 "--topk", topk, "--lengths", 32768, "--most", 16)  # fmt: skip
     if torch.cuda.is_available():  # compiles what all runs need while ids are made, on one of the GPUs
         step = (python, HERE / "bench_step.py", "--config", args.config, "--lengths", 4096)
         jobs.insert(0, Job("warm", (*step, "--arms", "dense", "--warmup", 1, "--steps", 1)))
@@ -167,7 +196,7 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--seconds", type=float, default=86400, help="of this start")
     parser.add_argument("--config", type=pathlib.Path, default=HERE / "configs/h200.toml")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the arms; one start for all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the arms, one start for all")
     parser.add_argument("--again", nargs="*", default=ARMS, choices=ARMS, help="of the seeds after the first")
     parser.add_argument("--stretch", type=float, default=1, help="so many times the steps")
     parser.add_argument("--short-until", type=float, help="Unix time at which pretraining ends at the latest")

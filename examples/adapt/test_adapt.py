@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole experiment in miniature: text, tokenizer, data, four runs, evaluation, export."""
+"""The whole experiment in miniature: text, tokenizer, data, five runs, evaluation, export."""
 
 import json
 import lzma
@@ -18,6 +18,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("infllm")
 sys.path.insert(0, str(HERE))
 
+import attending
 import documents
 import evaluate
 import numpy as np
@@ -150,12 +151,17 @@ def test_from_pretraining_to_scores(root, monkeypatch):
     common = ("--config", CONFIG, *paths(root), "--workers", 0)
     call(train.main, monkeypatch, *common, "--phase", "pretrain", "--out", root / "short")
     model = root / "short/model"
-    for arm in train.ARMS:
+    first = {}
+    for arm, what in attending.ARMS.items():
         call(train.main, monkeypatch, *common, "--phase", "adapt", "--arm", arm,
              "--init", model, "--out", root / arm, "--log-every", 1)  # fmt: skip
         lines = (root / arm / "log.jsonl").read_text().splitlines()
         assert len(lines) == 3 and all(np.isfinite(json.loads(x)["text_loss"]) for x in lines)
-        assert ("align_loss" in json.loads(lines[0])) == (arm == "aligned")
+        first[arm] = json.loads(lines[0])
+        assert ("align_loss" in first[arm]) == what.taught
+    # The same samples, and what is attended to follows from the arm alone.
+    assert first["taught"]["text_loss"] == first["dense"]["text_loss"]
+    assert first["aligned"]["text_loss"] == first["sparse"]["text_loss"] != first["dense"]["text_loss"]
     # A finished run that is started again has nothing left to do.
     before = (root / "sparse/log.jsonl").read_text()
     call(train.main, monkeypatch, *common, "--phase", "adapt", "--arm", "sparse",
@@ -179,6 +185,16 @@ def test_from_pretraining_to_scores(root, monkeypatch):
     assert [r["each"] for r in again if r["name"] == "adapt.task"] == [
         r["each"] for r in tasks if r["attention"] == "sparse"
     ]
+    # The cases that are missing, behind those that are there: as if all had been scored at once.
+    more = root / "more.toml"
+    more.write_text(CONFIG.read_text().replace("cases = { 1024 = 1 }", "cases = { 1024 = 3 }"))
+    whole, parts = root / "whole.jsonl", root / "parts.jsonl"
+    for limits, to in ((("--most", 2), parts), ((), parts), ((), whole)):
+        call(evaluate.main, monkeypatch, *common, "--config", more, "--model", root / "sparse/model",
+             "--arm", "sparse", "--no-text", "--out", to, *limits)  # fmt: skip
+    scored = [[json.loads(line) for line in path.read_text().splitlines()] for path in (whole, parts)]
+    assert all(len(r["each"]) == 3 for r in scored[0])
+    assert scored[0] == scored[1][len(scored[0]) :]
     perplexities = [r for r in records if r["name"] == "adapt.perplexity"]
     assert len(perplexities) == 4 and all(3 < r["nll"] < 9 for r in perplexities)
 
@@ -216,6 +232,13 @@ def test_jobs_wait_for_what_they_need_and_go_on_later(tmp_path, monkeypatch):
     jobs[2].command = (sys.executable, "-c", "pass")
     run.Jobs(tmp_path, jobs, 2, time.time() + 60).run()  # `second` would fail if it ran again
     assert len(list((tmp_path / "done").iterdir())) == 4
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense/run.jsonl").write_text('{"seconds": 300}')
+    late = job("late", "pass", ahead=lambda: run.whole(tmp_path, "dense", "dense-2"))
+    run.Jobs(tmp_path, [late], 1, time.time() + 300).run()  # no time for it and its scores
+    assert not (tmp_path / "done/late").exists()
+    run.Jobs(tmp_path, [late], 1, time.time() + 310 + run.EVALUATION).run()
+    assert (tmp_path / "done/late").exists()
     monkeypatch.setattr(run, "LEAST", 0)
     slow = [job("slow", "import time; time.sleep(60)")]
     began = time.time()

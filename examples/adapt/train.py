@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains: short and dense first, then, from those weights, longer in one of three ways.
+"""Trains: short and dense first, then, from those weights, longer in one of four ways.
 
     torchrun --nproc-per-node 4 examples/adapt/train.py --config C --phase pretrain --out A
     python3 examples/adapt/train.py --config C --phase adapt --arm dense   --init A/model --out B
     python3 examples/adapt/train.py --config C --phase adapt --arm sparse  --init A/model --out C
     python3 examples/adapt/train.py --config C --phase adapt --arm aligned --init A/model --out D
+    python3 examples/adapt/train.py --config C --phase adapt --arm taught  --init A/model --out E
 
 A step's samples follow from (seed, rank, step). The run ends after its steps or at its time limit,
 whichever comes first; the learning rate falls with whichever of the two is nearer. Pretraining that
@@ -12,7 +13,7 @@ is too slow for its limit shortens all its stages alike. Interrupted, or paused 
 goes on from OUT/state.pt. OUT/log.jsonl has the losses, OUT/model the checkpoint.
 
     loss = cross-entropy of the answers + text_weight x cross-entropy of everything else
-           + selection-alignment loss (arm aligned)
+           + selection-alignment loss (arms aligned and taught)
 
 where every document's answers weigh the same, be they three words or forty answers of five digits.
 """
@@ -41,7 +42,6 @@ import torch.nn.functional as F
 from needle import optimizer as optimizer_lib
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-ARMS = ("dense", "sparse", "aligned")
 AGREE_EVERY = 10  # steps between two looks at the clock that all processes share
 JUDGED = 60  # steps after which it is judged whether all of them fit into the time
 ASKING = 48  # tokens that a question and the beginning of its answer take
@@ -93,7 +93,7 @@ def taught_rows(kinds: torch.Tensor, count: int, generator) -> torch.Tensor:
 
 
 def draw_lesson(align: dict, config, kinds: torch.Tensor, generator) -> dict:
-    """What a step of the arm `aligned` teaches: some layers, drawn anew each time, by some rows."""
+    """What a step of an arm that is taught teaches: some layers, drawn anew each time, by some rows."""
     order = torch.randperm(config.num_hidden_layers, generator=generator)
     rows = taught_rows(kinds, align["rows"], generator)
     return {"taught": tuple(order[: align["layers"]].tolist()), "rows": rows,
@@ -176,6 +176,7 @@ class Processes:
         if self.world == 1:
             return net
         cuda = self.device.type == "cuda"
+        torch._dynamo.config.optimize_ddp = False  # what is compiled is part of a layer: nothing to cut
         wrapped = torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[self.device.index] if cuda else None, gradient_as_bucket_view=True
         )
@@ -245,10 +246,10 @@ class Run:
             positions = torch.arange(length, device=device).repeat(count)
             self.ropes[length] = network.rope_table(positions, self.net.config)
         lesson = {}
-        if self.arm == "aligned":
+        if attending.ARMS[self.arm].taught:
             generator = torch.Generator().manual_seed(self.args.seed << 32 | self.steps)
             lesson = draw_lesson(self.settings.align, self.net.config, kinds, generator)
-        sparse = None if self.arm == "dense" else self.net.config.sparse
+        sparse = self.net.config.sparse if attending.ARMS[self.arm].sparse else None
         attend = attending.Attend(total, length, device, sparse, **lesson)
         tokens, kinds = (x.to(device, non_blocking=True) for x in (tokens, kinds))
         loss, self.parts, counted = step_losses(
@@ -363,7 +364,7 @@ def main():
     settings_lib.add_paths(parser)
     parser.add_argument("--config", default=settings_lib.HERE / "configs/h200.toml")
     parser.add_argument("--phase", choices=("pretrain", "adapt"), required=True)
-    parser.add_argument("--arm", choices=ARMS, default="dense")
+    parser.add_argument("--arm", choices=attending.ARMS, default="dense")
     parser.add_argument("--init", type=pathlib.Path, help="checkpoint to start from")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
