@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from infllm import _native
-from infllm.attention import cast, pack, plan_of, refuse_tangents, scale_of
+from infllm.attention import prepare, refuse_tangents, scale_of, scoring_plan_of
 from infllm.call import Arrays, Pages, address, config_of, lse_type, run
-from infllm.checks import check_batch, check_config, check_qkv, check_scores, check_tensors
+from infllm.checks import (
+    check_batch,
+    check_config,
+    check_given,
+    check_qkv,
+    check_scores,
+    check_tensors,
+)
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
-from infllm.ops import BATCH, OPTIONS, implement, library
+from infllm.ops import BATCH, OPTIONS, differentiate, implement, library, once
 from infllm.plan import Plan, batch_of
 
 _INPUTS = f"Tensor q, Tensor k, Tensor? q_score, Tensor? k_score, Tensor? rows, {BATCH}, {OPTIONS}"
@@ -57,16 +64,15 @@ def selection_alignment_loss(
         float32 [Hkv, R]; 0 for tokens without choosable blocks.
     """
     check_tensors(q=q, k=k)
+    check_given(q_score=q_score, k_score=k_score, rows=rows)
     check_config(sparse_config, needed=True)
     refuse_tangents(q, k, q_score, k_score)
-    q, k, q_score, k_score = cast(q, k, q_score, k_score)
-    if plan is None:
-        plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
-                       True)
-    q, k, q_score, k_score = (pack(x) for x in (q, k, q_score, k_score))
-    return torch.ops.infllm.align(q, k, q_score, k_score, rows, *batch_of(plan),
-                                  scale_of(q, softmax_scale), sparse_config.numbers(),
-                                  backend or "")[0]
+    plan = scoring_plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                           sparse_config, plan)
+    scale = scale_of(q, softmax_scale)
+    loss: Tensor = _align_op(*prepare(q, k, q_score, k_score), rows, *batch_of(plan), scale,
+                             sparse_config.numbers(), backend or "")[0]
+    return loss
 
 
 def _shapes(q: Tensor, k: Tensor, q_score: Tensor | None, k_score: Tensor | None,
@@ -173,10 +179,11 @@ def _gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     grads: list[Tensor | None] = [None] * 15
     if grad_loss is not None:
         tensors = ctx.saved_tensors
-        grad_q, grad_k = torch.ops.infllm.align_backward(grad_loss, *tensors, *ctx.options)
+        grad_q, grad_k = _backward_op(grad_loss, *tensors, *ctx.options)
         first = 0 if tensors[5] is None else 2  # under use_nope q_score and k_score learn
         grads[first], grads[first + 1] = grad_q, grad_k
     return tuple(grads)
 
 
-torch.library.register_autograd("infllm::align", _gradients, setup_context=_save, lib=library)
+_backward_op = once("align_backward")
+_align_op = differentiate("align", _save, _gradients)

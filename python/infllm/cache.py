@@ -10,21 +10,25 @@ import torch
 from torch import Tensor
 
 from infllm import _native
-from infllm.attention import scale_of
+from infllm.attention import longest, scale_of
 from infllm.call import Arrays, address, columns_of, config_of, layout_of, lse_type, run
 from infllm.checks import (
     check_batch,
     check_config,
+    check_count,
+    check_given,
     check_ints,
     check_like,
     check_qkv,
     check_scores,
     check_tensors,
+    check_type,
 )
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
 from infllm.eager import is_eager, starts
 from infllm.ops import OPTIONS, implement, library
+from infllm.plan import sparse_flags
 
 _PLACES = ("Tensor cu_seqlens_q, Tensor kv_length, Tensor page_table, SymInt max_seqlen_q, "
            "SymInt max_seqlen_k")
@@ -50,10 +54,14 @@ class KVCache:
     def __init__(self, num_pages: int, heads_kv: int, head_dim: int, *, dtype: torch.dtype,
                  device: torch.device | str = "cpu", sparse_config: SparseConfig | None = None,
                  backend: str | None = None) -> None:
-        if num_pages < 1:
-            raise ValueError(f"num_pages: {num_pages}, expected at least 1")
+        num_pages = check_count("num_pages", num_pages, 1)
+        heads_kv = check_count("heads_kv", heads_kv, 1)
+        head_dim = check_count("head_dim", head_dim, 1)
+        check_type("dtype", dtype)
         check_config(sparse_config)
         device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"device: {device}, expected cpu or cuda")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.heads_kv = heads_kv
@@ -63,7 +71,7 @@ class KVCache:
         self.sparse_config = sparse_config
         self.backend = backend or ""
         self.numbers = sparse_config.numbers() if sparse_config is not None else []
-        column = column_of(torch.empty(0, dtype=dtype, device=device), self.backend)
+        column = column_of(torch.empty(0, dtype=dtype, device=device), self.backend, "dtype")
         _, self.page_bytes = layout_of(column, heads_kv, head_dim, sparse_config is not None,
                                        tuple(self.numbers))
         # The pages' contents belong to the device; append() and attend_with_kvcache() know them.
@@ -93,8 +101,12 @@ class KVCache:
             max_seqlen_k: a bound on the lengths afterwards; None: what page_table has room for.
             k_score: keys before RoPE, under use_nope.
         """
-        _append(self, k, v, k_score, *_places(self, k, cache_seqlens, page_table, cu_seqlens,
-                                              max_seqlen, max_seqlen_k))
+        check_tensors(k=k, v=v)
+        check_given(k_score=k_score)
+        places = _places(self, k, cache_seqlens, page_table, cu_seqlens, max_seqlen, max_seqlen_k)
+        torch.ops.infllm.cache_append_(
+            self.pages, _packed(k), _packed(v), None if k_score is None else _packed(k_score),
+            *places, self.numbers, self.backend)
 
 
 @overload
@@ -140,7 +152,8 @@ def attend_with_kvcache(
     """Causal attention of new tokens over a paged cache, dense or over the blocks that matter.
 
     Shapes and switches are those of ``infllm.attention``; nothing waits for the device, so a
-    decode step can be captured in a CUDA graph and replayed while the lengths grow.
+    decode step can be captured in a CUDA graph and replayed while the lengths grow. There are no
+    gradients: the results do not require any.
 
     Args:
         q: [B, Sq, Hq, D], Sq new tokens each (1 while decoding); or packed [T, Hq, D] with
@@ -155,14 +168,17 @@ def attend_with_kvcache(
     Returns:
         out like q, or a tuple (out, lse [Hq, T], selection [Hkv, T, K]) of what was asked for.
     """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: {type(cache).__name__}, expected infllm.KVCache")
     check_tensors(q=q)
+    check_given(k=k, v=v, q_score=q_score, k_score=k_score)
     if (k is None) != (v is None):
         raise ValueError("k and v: one of them is missing, expected both or none")
     places = _places(cache, q, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k,
                      appends=k is not None)
     config = cache.sparse_config
     cu, kv_length, table, longest_q, longest_k = places
-    flags = _flags(config, sparse, kv_length, longest_k)
+    flags = sparse_flags(kv_length, longest_k, config, sparse)
     inputs = [None if x is None else _packed(x) for x in (q, q_score, k, v, k_score)]
     scale = scale_of(q, softmax_scale)
     if is_eager(*inputs, cache.pages, flags, cu, kv_length, table):
@@ -211,30 +227,16 @@ def _places(cache: KVCache, x: Tensor, held: Tensor, page_table: Tensor,
             cu_seqlens = starts(x.shape[0], new, x.device)
         else:
             cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * new
-    elif max_seqlen is None:
-        raise ValueError("max_seqlen_q: missing, expected the longest of the new tokens")
     else:
+        max_seqlen = check_count("max_seqlen_q", longest("max_seqlen_q", max_seqlen, cu_seqlens))
+        check_ints("cu_seqlens_q", cu_seqlens, "[B + 1]")
+        if cu_seqlens.shape[0] - 1 != held.shape[0]:
+            raise ValueError(f"cu_seqlens_q: {cu_seqlens.shape[0] - 1} sequences, but cache_seqlens "
+                             f"has {held.shape[0]}; expected as many")
         new = cu_seqlens.diff()
     room = page_table.shape[1] * cache.block_size
     return (cu_seqlens, held + new if appends else held, page_table, max_seqlen,
-            room if max_seqlen_k is None else max_seqlen_k)
-
-
-def _flags(config: SparseConfig | None, sparse: bool | Tensor | None, kv_length: Tensor,
-           max_seqlen_k: int) -> Tensor | None:
-    if isinstance(sparse, Tensor) or config is None:
-        if sparse is not None and sparse is not False and config is None:
-            raise ValueError("sparse: given, but the cache has no sparse_config")
-        return sparse if isinstance(sparse, Tensor) else None
-    if sparse is None:
-        return kv_length >= config.dense_len if config.is_sparse_at(max_seqlen_k) else None
-    return torch.ones_like(kv_length, dtype=torch.bool) if sparse else None
-
-
-def _append(cache: KVCache, k: Tensor, v: Tensor, k_score: Tensor | None, *places: Any) -> None:
-    torch.ops.infllm.cache_append_(
-        cache.pages, _packed(k), _packed(v), None if k_score is None else _packed(k_score),
-        *places, cache.numbers, cache.backend)
+            room if max_seqlen_k is None else check_count("max_seqlen_k", max_seqlen_k))
 
 
 def _native_pages(column: Column, pages: Tensor, heads_kv: int, head_dim: int,
@@ -298,11 +300,16 @@ def _run(q: Tensor, q_score: Tensor | None, k: Tensor | None, v: Tensor | None,
         if chosen[2] else column.empty(chosen, torch.int32)
     batch = arrays.batch(q.shape[0], longest_q, longest_k)
     new = batch if k is None else arrays.batch(q.shape[0], longest_q, longest_k, dense=True)
-    run(column, _native.Forward(
+    work = _native.Forward(
         _native_pages(column, pages, heads_kv, q.shape[2], config), new, batch,
         native_config if flags is not None else None, q.shape[1], scale, address(keys),
         address(values), address(scored_keys), address(queries), address(scored), address(out),
-        address(lse), address(selection) if chosen[2] else 0, chosen[2]))
+        address(lse), address(selection) if chosen[2] else 0, chosen[2])
+    try:
+        run(column, work)
+    except ValueError:
+        arrays.check_lengths(q.shape[0], longest_q)
+        raise
     if column.device == q.device and column.activation is q.dtype:
         return out, lse, selection
     return out.to(q.device, q.dtype), lse.to(q.device, lse_type(q)), selection.to(q.device)
@@ -317,10 +324,14 @@ def _cache_append(pages: Tensor, k: Tensor, v: Tensor, k_score: Tensor | None,
     arrays = Arrays(column, cu_seqlens_q, cu_seqlens_q, kv_length, page_table, None)
     keys, values = column.numbers(k), column.numbers(v)
     scores = None if k_score is None else column.numbers(k_score)
-    _native.append(column.native, column.stream(),
-                   _native_pages(column, pages, k.shape[1], k.shape[2], config),
-                   arrays.batch(k.shape[0], max_seqlen_q, max_seqlen_k), address(keys),
-                   address(values), address(scores))
+    native_pages = _native_pages(column, pages, k.shape[1], k.shape[2], config)
+    try:
+        _native.append(column.native, column.stream(), native_pages,
+                       arrays.batch(k.shape[0], max_seqlen_q, max_seqlen_k), address(keys),
+                       address(values), address(scores))
+    except ValueError:
+        arrays.check_lengths(k.shape[0], max_seqlen_q)
+        raise
 
 
 implement("cache_append_", _cache_append, _append_nothing)

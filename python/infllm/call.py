@@ -13,10 +13,12 @@ from torch import Tensor
 from infllm import _native
 from infllm.checks import (
     check_batch,
+    check_lengths,
     check_like,
     check_qkv,
     check_selected_blocks,
     check_starts,
+    check_tails,
 )
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
@@ -61,11 +63,19 @@ class Arrays:
         self.page_table = column.place(page_table)
         self.sparse = None if sparse is None else column.place(sparse)
 
-    def check_starts(self, *numbers: int) -> None:
+    def check_starts(self, tokens_q: int, tokens_k: int, max_seqlen_q: int,
+                     max_seqlen_k: int) -> None:
         """Looks at a host's cu_seqlens once the native side has refused them, to say so in the
         caller's words."""
         if self.cu_seqlens_q.device.type == "cpu":
-            check_starts(self.cu_seqlens_q, self.cu_seqlens_k, *numbers)
+            check_tails(check_starts("q", self.cu_seqlens_q, tokens_q, max_seqlen_q),
+                        check_starts("k", self.cu_seqlens_k, tokens_k, max_seqlen_k))
+
+    def check_lengths(self, tokens: int, max_seqlen: int) -> None:
+        """The same for new tokens of a cache."""
+        if self.cu_seqlens_q.device.type == "cpu":
+            check_lengths(check_starts("q", self.cu_seqlens_q, tokens, max_seqlen),
+                          self.kv_length.tolist())
 
     def batch(self, tokens: int, max_seqlen_q: int, max_seqlen_k: int, *,
               dense: bool = False) -> Any:

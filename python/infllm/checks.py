@@ -15,6 +15,9 @@ from infllm.config import SparseConfig
 _MOST = 2**31 - 1  # tokens and pages are counted in 32 bits
 
 
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def _fail(name: str, x: Tensor, expected: str) -> None:
     raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, expected {expected}")
 
@@ -23,6 +26,21 @@ def check_tensors(**tensors: Any) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: {type(x).__name__}, expected a torch.Tensor")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: {'nested' if x.is_nested else x.layout}, expected a dense "
+                            "tensor; sequences of several lengths are packed, with cu_seqlens")
+
+
+def check_given(**tensors: Any) -> None:
+    """Tensors that may be left out."""
+    check_tensors(**{name: x for name, x in tensors.items() if x is not None})
+
+
+def check_type(name: str, dtype: Any) -> None:
+    """A type that attention computes in."""
+    if dtype not in _TYPES:
+        raise TypeError(f"{name}: {dtype}, expected one of "
+                        f"{', '.join(str(known) for known in _TYPES)}")
 
 
 def check_ints(name: str, x: Any, shape: str) -> None:
@@ -32,14 +50,21 @@ def check_ints(name: str, x: Any, shape: str) -> None:
         raise ValueError(f"{name}: {x.dtype} {list(x.shape)}, expected int32 {shape}")
 
 
-def check_length(name: str, x: Any) -> int:
-    """A number of tokens."""
-    if isinstance(x, (int, torch.SymInt)):
-        return x
+def check_count(name: str, x: Any, least: int = 0) -> int:
+    """A number of tokens, pages or heads."""
     try:
-        return operator.index(x)
+        count: int = x if isinstance(x, (int, torch.SymInt)) else operator.index(x)
     except TypeError:
         raise TypeError(f"{name}: {x!r}, expected an int") from None
+    if count < least:
+        raise ValueError(f"{name}: {count}, expected at least {least}")
+    return count
+
+
+def check_switch(sparse: Any) -> None:
+    """What overrules dense_len."""
+    if sparse is not None and not isinstance(sparse, (bool, Tensor)):
+        raise TypeError(f"sparse: {sparse!r}, expected None, a bool or a bool tensor [B]")
 
 
 def check_config(config: Any, *, needed: bool = False) -> None:
@@ -135,27 +160,36 @@ def check_selected_blocks(selection: Tensor, blocks: int) -> None:
         raise ValueError("selection: expected ascending blocks in each row, -1 behind the last")
 
 
-def check_starts(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens_q: int, tokens_k: int,
-                 max_seqlen_q: int, max_seqlen_k: int) -> None:
-    """Of a host's arrays, what they say about q and k; of a device's nobody looks."""
-    lengths = []
-    for name, cu, tokens, longest in (("q", cu_seqlens_q, tokens_q, max_seqlen_q),
-                                      ("k", cu_seqlens_k, tokens_k, max_seqlen_k)):
-        starts = cu.tolist()
-        if starts[0] != 0:
-            raise ValueError(f"cu_seqlens_{name}: begins at {starts[0]}, expected 0")
-        lengths.append([b - a for a, b in zip(starts, starts[1:])])
-        for i, length in enumerate(lengths[-1]):
-            if length < 0:
-                raise ValueError(f"cu_seqlens_{name}: falls from {starts[i]} to {starts[i + 1]}, "
-                                 "expected it to rise")
-        if starts[-1] != tokens:
-            raise ValueError(f"cu_seqlens_{name}: ends at {starts[-1]}, expected {tokens}, the "
-                             f"tokens of {name}")
-        if max(lengths[-1], default=0) > longest:
-            raise ValueError(f"max_seqlen_{name}: {longest}, but the longest sequence has "
-                             f"{max(lengths[-1])} tokens; pass at least that")
-    for i, (queries, keys) in enumerate(zip(*lengths)):
+def check_starts(name: str, cu_seqlens: Tensor, tokens: int, longest: int) -> list[int]:
+    """The lengths of a host's packed sequences, if they are those of q or k (``name``)."""
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0:
+        raise ValueError(f"cu_seqlens_{name}: begins at {starts[0]}, expected 0")
+    lengths = [b - a for a, b in zip(starts, starts[1:])]
+    for i, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(f"cu_seqlens_{name}: falls from {starts[i]} to {starts[i + 1]}, "
+                             "expected it to rise")
+    if starts[-1] != tokens:
+        raise ValueError(f"cu_seqlens_{name}: ends at {starts[-1]}, expected {tokens}, the tokens "
+                         f"of {name}")
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"max_seqlen_{name}: {longest}, but the longest sequence has "
+                         f"{max(lengths)} tokens; pass at least that")
+    return lengths
+
+
+def check_tails(lengths_q: list[int], lengths_k: list[int]) -> None:
+    """Queries are the last of their sequence's tokens."""
+    for i, (queries, keys) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         if queries > keys:
             raise ValueError(f"cu_seqlens_q: sequence {i} has {queries} queries for {keys} keys, "
                              "expected at most as many: they are the last of the keys' tokens")
+
+
+def check_lengths(new: list[int], held: list[int]) -> None:
+    """A cache's sequences hold at least their new tokens."""
+    for i, (tokens, keys) in enumerate(zip(new, held, strict=True)):
+        if keys < tokens:
+            raise ValueError(f"cache_seqlens: sequence {i} has {keys} keys, its {tokens} new tokens "
+                             f"included, expected at least {tokens}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infllm import _native
+from infllm.checks import check_type
 
 _TORCH_TYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16,
                 "f16": torch.float16}
@@ -24,7 +25,7 @@ def stream_of(device: torch.device) -> int:
     """The current stream of a CUDA device, as a cudaStream_t."""
     if _raw_stream is None or device.index is None:
         return torch.cuda.current_stream(device).cuda_stream
-    return _raw_stream(device.index)
+    return int(_raw_stream(device.index))
 
 
 class Column:
@@ -78,26 +79,29 @@ def _open(name: str, threads: int, dtype: torch.dtype, _process: int) -> Column:
     return Column(name, threads, dtype)
 
 
-def column_of(x: Tensor, backend: str = "") -> Column:
+def column_of(x: Tensor, backend: str = "", argument: str = "q") -> Column:
     """The column that runs x: ``backend`` if it is named, else the best for its device and type.
 
-    float64 runs on the reference. CUDA takes bfloat16 and float16, the CPU anything.
+    float64 runs on the reference. CUDA takes bfloat16 and float16, the CPU float32 too. argument:
+    what the caller calls x.
     """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: {backend!r}, expected None or one of {', '.join(available())}")
+    check_type(argument, x.dtype)
     name = backend
     if x.device.type == "cuda":
         if x.dtype not in (torch.bfloat16, torch.float16) and name != "reference":
-            raise TypeError(f"q: {x.dtype} on {x.device}, expected bfloat16 or float16; convert it, "
-                            'run under torch.autocast, or pass backend="reference"')
+            raise TypeError(f"{argument}: {x.dtype} on {x.device}, expected bfloat16 or float16; "
+                            'convert it, run under torch.autocast, or pass backend="reference"')
         name = name or f"cuda:{x.device.index}" + (":f16" if x.dtype is torch.float16 else "")
     elif x.device.type != "cpu":
-        raise NotImplementedError(f"q: on {x.device}, expected a CPU or CUDA tensor")
+        raise NotImplementedError(f"{argument}: on {x.device}, expected a CPU or CUDA tensor")
     elif not name:
         name = "reference" if x.dtype is torch.float64 else "cpu"
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"q: {x.dtype}, expected a floating-point type")
     return _open(name, torch.get_num_threads(), x.dtype, os.getpid())
 
 
 def available() -> list[str]:
     """The names that ``backend`` takes on this machine, slowest first."""
-    return _native.available()
+    names: list[str] = _native.available()
+    return names

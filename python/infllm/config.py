@@ -7,8 +7,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from infllm import _native
+
 LSE_SOURCES = ("coarse", "fine")
 SCORE_ROUNDINGS = ("bf16", "none")
+_KINDS = {"int": (int, "an"), "bool": (bool, "a"), "str": (str, "a")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +41,18 @@ class SparseConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"sparse_config: {field.name} = {value!r}, expected an int")
+            kind, article = _KINDS[str(field.type)]
+            if type(value) is not kind:
+                raise TypeError(f"sparse_config: {field.name} = {value!r}, expected {article} "
+                                f"{field.type}")
+            if field.type == "int" and not -2**31 <= value < 2**31:
+                raise ValueError(f"sparse_config: {field.name} = {value}, expected 32 bits")
         for name, known in (("lse_source", LSE_SOURCES), ("score_rounding", SCORE_ROUNDINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"sparse_config: {name} = {getattr(self, name)!r}, expected one of {known}")
+        if not torch.compiler.is_compiling():
+            _native.SparseConfig(self.numbers())  # refuses numbers that do not fit together
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparseConfig:

@@ -29,6 +29,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from infllm.attention import attention as local_attention
+from infllm.checks import check_tensors
 from infllm.config import SparseConfig
 from infllm.plan import Plan as LocalPlan
 from infllm.plan import make_plan
@@ -38,7 +39,7 @@ _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_te
 _reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """What one process attends to in one batch: B' sequences reach into its shard."""
 
@@ -149,6 +150,9 @@ def attention(
     Returns:
         What infllm.attention returns, for the shard's queries.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: {type(plan)}, expected what context_parallel.plan returns")
+    check_tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[0] != plan.tokens:
             raise ValueError(f"{name}: {x.shape[0]} tokens, expected {plan.tokens}, the share of "

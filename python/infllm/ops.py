@@ -9,7 +9,7 @@ fields of ``infllm.Plan``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,34 @@ def implement(name: str, kernel: Any, fake: Any) -> None:
     for device in ("CPU", "CUDA"):
         library.impl(name, kernel, device)
     torch.library.register_fake(f"infllm::{name}", fake, lib=library)
+
+
+def differentiate(name: str, save: Callable[..., None], gradients: Callable[..., Any],
+                  ) -> Callable[..., Any]:
+    """Gives an operator its gradients. Returns it, for calls that torch.func may transform: what
+    torch.library makes of the gradients does not take part in that."""
+    torch.library.register_autograd(f"infllm::{name}", gradients, setup_context=save, lib=library)
+    operator = getattr(torch.ops.infllm, name)
+    transformed = type(name, (torch.autograd.Function,), {
+        "forward": staticmethod(operator), "setup_context": staticmethod(save),
+        "backward": staticmethod(gradients), "generate_vmap_rule": True})
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return operator(*inputs)
+        return transformed.apply(*inputs)
+
+    return call
+
+
+def once(name: str) -> Callable[..., Any]:
+    """Refuses to differentiate an operator that gives gradients: PyTorch would take theirs for
+    zero."""
+    def refuse(_ctx: Any, *_grads: Any) -> Any:
+        raise RuntimeError("infllm: a second derivative was asked for, but there is only a first; "
+                           "leave out create_graph=True")
+
+    return differentiate(name, lambda ctx, inputs, output: None, refuse)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, batch: Sequence[Any],
@@ -111,6 +139,7 @@ def _attention_backward(
 
 
 implement("attention_backward", _attention_backward, _backward_shapes)
+attention_backward = once("attention_backward")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -124,22 +153,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.options = (max_seqlen_q, max_seqlen_k, scale, config, backend)
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple:
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> Any:
     none = [None] * 13
     if grad_out is None and grad_lse is None:
         return None, None, None, *none
-    grads = torch.ops.infllm.attention_backward(grad_out, grad_lse, *ctx.saved_tensors,
-                                                *ctx.options)
-    return *grads, *none
+    return *attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options), *none
 
 
-def _no_second(_ctx: Any, *_grads: Any) -> tuple:
-    raise RuntimeError("infllm.attention: a second derivative was asked for, but there is only a "
-                       "first; leave out create_graph=True")
-
-
-torch.library.register_autograd("infllm::attention", _gradients, setup_context=_save, lib=library)
-torch.library.register_autograd("infllm::attention_backward", _no_second, lib=library)
+attention = differentiate("attention", _save, _gradients)
 
 # ---- the choice alone -----------------------------------------------------------------------------
 

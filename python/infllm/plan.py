@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infllm.checks import check_config, check_ints, check_length
+from infllm.checks import check_config, check_count, check_ints, check_switch
 from infllm.config import SparseConfig
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """What ``make_plan`` returns; ``attention(plan=...)`` takes it in place of cu_seqlens."""
 
@@ -37,16 +37,21 @@ def batch_of(plan: Plan) -> tuple[Any, ...]:
             plan.max_seqlen_q, plan.max_seqlen_k)
 
 
-def check_plan(plan: Plan, config: SparseConfig) -> None:
-    """The plan's switch is the config's."""
+def check_plan(plan: Any, config: SparseConfig | None, *, switches: bool = True) -> None:
+    """A plan that was made for this config. switches: the flags of its sequences matter, too."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: {type(plan)}, expected what infllm.make_plan returns")
     made = plan.sparse_config
-    if made is None:
+    if made is config or config is None:
+        return
+    if switches and made is None:
         raise ValueError("plan: made without sparse_config, so that no sequence could be sparse; "
                          "pass it to make_plan too")
-    for name in ("dense_len", "block_size"):
-        if getattr(made, name) != getattr(config, name):
-            raise ValueError(f"plan: made for {name} = {getattr(made, name)}, but sparse_config "
-                             f"has {getattr(config, name)}; expected the same")
+    for name in ("block_size", "dense_len") if switches else ("block_size",):
+        found, expected = getattr(made or SparseConfig(), name), getattr(config, name)
+        if found != expected:
+            raise ValueError(f"plan: made for {name} = {found}, but sparse_config has {expected}; "
+                             "expected the same")
 
 
 def make_plan(
@@ -69,13 +74,16 @@ def make_plan(
         cu_seqlens_k = cu_seqlens_q
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_ints(name, cu, "[B + 1]")
-    max_seqlen_q = check_length("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = check_length("max_seqlen_k", max_seqlen_k)
+    max_seqlen_q = check_count("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check_count("max_seqlen_k", max_seqlen_k)
     check_config(sparse_config)
     sequences = cu_seqlens_k.shape[0] - 1
     if cu_seqlens_q.shape[0] - 1 != sequences:
         raise ValueError(f"cu_seqlens_q: {cu_seqlens_q.shape[0] - 1} sequences, but cu_seqlens_k "
                          f"has {sequences}; expected as many")
+    if cu_seqlens_q.device != cu_seqlens_k.device:
+        raise ValueError(f"cu_seqlens_q: on {cu_seqlens_q.device}, but cu_seqlens_k is on "
+                         f"{cu_seqlens_k.device}; expected one device")
     config = sparse_config or SparseConfig()
     starts, ends = cu_seqlens_k[:-1], cu_seqlens_k[1:]
     kv_length = ends - starts
@@ -85,7 +93,7 @@ def make_plan(
     index = torch.arange(sequences, dtype=torch.int32, device=starts.device)
     page_table = (starts // config.block_size + index)[:, None] + pages
     return Plan(cu_seqlens_q, cu_seqlens_k, kv_length, page_table,
-                _sparse_flags(kv_length, max_seqlen_k, sparse_config, sparse), max_seqlen_q,
+                sparse_flags(kv_length, max_seqlen_k, sparse_config, sparse), max_seqlen_q,
                 max_seqlen_k, sparse_config)
 
 
@@ -102,8 +110,10 @@ def page_count(total_k: int, sequences: int, config: SparseConfig) -> int:
     return total_k // config.block_size + sequences
 
 
-def _sparse_flags(kv_length: Tensor, max_seqlen_k: int, config: SparseConfig | None,
-                  sparse: bool | Tensor | None) -> Tensor | None:
+def sparse_flags(kv_length: Tensor, max_seqlen_k: int, config: SparseConfig | None,
+                 sparse: bool | Tensor | None) -> Tensor | None:
+    """Which sequences are sparse, bool [B]; None where none can be."""
+    check_switch(sparse)
     if config is None:
         if sparse is not None and sparse is not False:
             raise ValueError("sparse: given without sparse_config; pass the config too")

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from infllm import _native
-from infllm.attention import attention, pack, plan_of, scale_of
+from infllm.attention import attention, prepare, scale_of, scoring_plan_of
 from infllm.call import Arrays, Pages, address, columns_of, config_of, lse_type
 from infllm.checks import check_batch, check_config, check_qkv, check_tensors
 from infllm.columns import column_of
 from infllm.config import SparseConfig
 from infllm.ops import BATCH, OPTIONS, implement, library
-from infllm.plan import Plan, make_plan
+from infllm.plan import Plan
 
 library.define("compress(Tensor k, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
                "SymInt max_seqlen_k, int[] config, str backend) -> (Tensor, Tensor)")
@@ -34,7 +34,7 @@ def compress(k: Tensor, cu_seqlens_k: Tensor | None = None, max_seqlen_k: int | 
     """Mean-pooled keys (paper, equation 3): what scores the blocks.
 
     Args:
-        k: [S, Hkv, D] keys as they score (before RoPE under use_nope).
+        k: [S, Hkv, D] or [B, Sk, Hkv, D], keys as they score (before RoPE under use_nope).
         cu_seqlens_k, max_seqlen_k: as in ``attention``; None: one sequence.
 
     Returns:
@@ -44,9 +44,14 @@ def compress(k: Tensor, cu_seqlens_k: Tensor | None = None, max_seqlen_k: int | 
     """
     check_tensors(k=k)
     check_config(sparse_config, needed=True)
-    plan = plan_of(k, k, cu_seqlens_k, None, max_seqlen_k, max_seqlen_k, sparse_config, True)
+    if k.dim() not in (3, 4):
+        raise ValueError(f"k: {list(k.shape)}, expected [S, Hkv, D] or [B, Sk, Hkv, D]")
+    if cu_seqlens_k is None and max_seqlen_k is not None:
+        raise ValueError("max_seqlen_k: given without cu_seqlens_k, expected both")
+    plan = scoring_plan_of(k, k, cu_seqlens_k, None, max_seqlen_k, max_seqlen_k, sparse_config)
     config = sparse_config
-    fine, coarse = torch.ops.infllm.compress(k.detach(), plan.cu_seqlens_k, plan.kv_length,
+    keys, = prepare(k.detach())
+    fine, coarse = torch.ops.infllm.compress(keys, plan.cu_seqlens_k, plan.kv_length,
                                              plan.page_table, plan.max_seqlen_k, config.numbers(),
                                              backend or "")
     starts = [_window_starts(plan.kv_length, size, stride) for size, stride in
@@ -73,15 +78,15 @@ def score(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None = None,
     """
     check_tensors(q=q, k=k)
     check_config(sparse_config, needed=True)
-    if plan is None:
-        plan = plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sparse_config,
-                       True)
+    plan = scoring_plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                           sparse_config, plan)
     scale = scale_of(q, softmax_scale)
     flags = torch.ones_like(plan.kv_length, dtype=torch.bool)
-    return torch.ops.infllm.score(pack(q.detach()), pack(k.detach()), plan.cu_seqlens_q,
-                                  plan.cu_seqlens_k, plan.kv_length, plan.page_table, flags,
-                                  plan.max_seqlen_q, plan.max_seqlen_k, scale,
-                                  sparse_config.numbers(), backend or "")
+    scores: Tensor = torch.ops.infllm.score(
+        *prepare(q.detach(), k.detach()), plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length,
+        plan.page_table, flags, plan.max_seqlen_q, plan.max_seqlen_k, scale,
+        sparse_config.numbers(), backend or "")
+    return scores
 
 
 def select(scores: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
@@ -102,20 +107,14 @@ def select(scores: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Ten
     if scores.dim() != 3 or scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores: {scores.dtype} {list(scores.shape)}, expected float32 "
                          "[Hkv, T, N]")
-    if plan is None:
-        tokens = scores[0, :, :1]
-        if cu_seqlens_q is None:
-            cu_seqlens_q = torch.arange(2, dtype=torch.int32, device=scores.device) * len(tokens)
-            max_seqlen_q = max_seqlen_k = len(tokens)
-        if max_seqlen_q is None:
-            raise ValueError("max_seqlen_q: missing, expected the longest sequence")
-        plan = make_plan(cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                         max_seqlen_q if max_seqlen_k is None else max_seqlen_k,
-                         sparse_config=sparse_config, sparse=True)
+    tokens = scores.detach().transpose(0, 1)  # [T, Hkv, N], shaped as queries and keys are
+    plan = scoring_plan_of(tokens, tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                           sparse_config, plan)
     flags = torch.ones_like(plan.kv_length, dtype=torch.bool)
-    return torch.ops.infllm.select(scores, plan.cu_seqlens_q, plan.kv_length, flags,
-                                   plan.max_seqlen_q, plan.max_seqlen_k, sparse_config.numbers(),
-                                   backend or "")
+    selection: Tensor = torch.ops.infllm.select(
+        scores.detach(), plan.cu_seqlens_q, plan.kv_length, flags, plan.max_seqlen_q,
+        plan.max_seqlen_k, sparse_config.numbers(), backend or "")
+    return selection
 
 
 @overload
@@ -147,6 +146,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selection: Tensor, cu_seqlens_q: Ten
 
     The arguments are those of ``attention``; selection is int32 [Hkv, T, K].
     """
+    check_tensors(selection=selection)
     return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                      sparse_config=sparse_config, softmax_scale=softmax_scale, sparse=True,
                      selection=selection, return_lse=return_lse, backend=backend)
@@ -165,15 +165,15 @@ def _compress_shapes(k: Tensor, cu_seqlens_k: Tensor, kv_length: Tensor, page_ta
     check_batch(k, cu_seqlens_k, cu_seqlens_k, kv_length, page_table, None, max_seqlen_k,
                 max_seqlen_k, numbers)
     stride = numbers.kernel_stride
-    return tuple(torch.empty((k.shape[0] // s, *k.shape[1:]), dtype=k.dtype, device=k.device)
-                 for s in (stride, 4 * stride))
+    return (k.new_empty((k.shape[0] // stride, *k.shape[1:])),
+            k.new_empty((k.shape[0] // (4 * stride), *k.shape[1:])))
 
 
 def _compress(k: Tensor, cu_seqlens_k: Tensor, kv_length: Tensor, page_table: Tensor,
               max_seqlen_k: int, config: Sequence[int], backend: str) -> tuple[Tensor, Tensor]:
     results = _compress_shapes(k, cu_seqlens_k, kv_length, page_table, max_seqlen_k, config,
                                backend)
-    column = column_of(k, backend)
+    column = column_of(k, backend, "k")
     arrays = Arrays(column, cu_seqlens_k, cu_seqlens_k, kv_length, page_table, None)
     pages = Pages(column, k, kv_length.shape[0], True, _pooled_as_given(config))
     keys = column.numbers(k)

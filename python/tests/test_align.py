@@ -128,6 +128,14 @@ def test_compiles(place: Place) -> None:
         assert torch.equal(a, b)
 
 
+def test_no_second_derivative() -> None:
+    q, k, _ = CASE.numbers(torch.float64, grad=True)
+    loss = infllm.selection_alignment_loss(q, k, **CASE.where(), sparse_config=SMALL)
+    grad, = torch.autograd.grad(loss.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="a second derivative was asked for"):
+        grad.sum().backward()
+
+
 def test_rows_of_a_wrong_type() -> None:
     q, k, _ = CASE.numbers(torch.float32)
     with pytest.raises(ValueError, match=r"rows: torch.int64 \[2\] on cpu, expected int32"):

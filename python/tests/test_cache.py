@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import SMALL, Case
+from cases import SMALL, Case, starts
 
 import infllm
 
@@ -104,5 +104,17 @@ def test_new_tokens_that_do_not_fit_together() -> None:
     for change in (lambda x: x[..., :32], lambda x: x.bfloat16()):
         with pytest.raises(ValueError, match=r"q, k and v: .*expected torch.float32 \[..., 64\]"):
             infllm.attend_with_kvcache(change(q), cache, change(k), change(k), **rest)
-    with pytest.raises(TypeError, match="cache_seqlens: list, expected a torch.Tensor"):
-        infllm.attend_with_kvcache(q, cache, k, k, **{**rest, "cache_seqlens": [0]})
+    for change, message in (
+            ({"cache_seqlens": [0]}, "cache_seqlens: list, expected a torch.Tensor"),
+            ({"k": [0], "v": [0]}, "k: list, expected a torch.Tensor"),
+            ({"cache": None}, "cache: NoneType, expected infllm.KVCache"),
+            ({"sparse": True}, "sparse: given without sparse_config"),
+            ({"max_seqlen_k": 64.0}, "max_seqlen_k: 64.0, expected an int"),
+            ({"cache_seqlens": rest["cache_seqlens"] - 1},
+             "cache_seqlens: sequence 0 has 2 keys, its 3 new tokens included, expected at least 3"),
+            ({"q": q[0], "k": k[0], "v": k[0], "cu_seqlens_q": starts((2,))},
+             "cu_seqlens_q: ends at 2, expected 3, the tokens of q"),
+            ({"q": q[0], "k": k[0], "v": k[0], "cu_seqlens_q": starts((1, 2))},
+             "cu_seqlens_q: 2 sequences, but cache_seqlens has 1")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            infllm.attend_with_kvcache(**{"q": q, "cache": cache, "k": k, "v": k, **rest, **change})

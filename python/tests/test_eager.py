@@ -118,6 +118,16 @@ def test_a_plan_is_checked_for_every_shape_and_type() -> None:
         infllm.attention(q, k, v, plan=plan)
 
 
+def test_a_plan_knows_its_config(place: Place) -> None:
+    device, dtype = place
+    q, k, v = CASES[0].numbers(dtype, device)
+    where = CASES[0].where(device)
+    sparse = infllm.attention(q, k, v, plan=infllm.make_plan(**where, sparse_config=SMALL))
+    assert torch.equal(sparse, infllm.attention(q, k, v, sparse_config=SMALL))
+    dense = infllm.attention(q, k, v, plan=infllm.make_plan(**where))
+    assert torch.equal(dense, infllm.attention(q, k, v)) and not torch.equal(dense, sparse)
+
+
 def test_equal_calls_keep_one_thing() -> None:
     q, k, v = CASES[0].numbers(torch.float32)
     plan = infllm.make_plan(**CASES[0].where(), sparse_config=SMALL)
@@ -131,6 +141,7 @@ def test_a_used_plan_can_be_copied() -> None:
     plan = infllm.make_plan(**CASES[0].where(), sparse_config=SMALL)
     out = infllm.attention(q, k, v, plan=plan, sparse_config=SMALL)
     for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert other != plan and plan in [other, plan]  # comparing asks no tensor
         assert torch.equal(infllm.attention(q, k, v, plan=other, sparse_config=SMALL), out)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,12 +43,10 @@ K = torch.randn(10, 2, 16)
     ({"cu_seqlens_k": starts((10,))}, "cu_seqlens_k: given without cu_seqlens_q"),
     ({"sparse": True}, "sparse: given without sparse_config"),
     ({"sparse": torch.tensor([1]), "sparse_config": SMALL}, "sparse: torch.int64"),
-    ({"softmax_scale": float("nan")}, "scale = nan, expected a positive number"),
+    ({"softmax_scale": float("nan")}, "softmax_scale: nan, expected a positive number"),
     ({"q_score": Q}, "q_score: given, but sparse_config.use_nope is not set"),
     ({"sparse_config": infllm.SparseConfig(use_nope=True)}, r"q_score: missing, expected"),
-    ({"sparse_config": infllm.SparseConfig(topk=0)}, "topk = 0, expected 1 to"),
     ({"sparse_config": infllm.SparseConfig(block_size=128)}, "block_size = 128, but this device"),
-    ({"sparse_config": infllm.SparseConfig(kernel_stride=10)}, "expected a multiple of"),
     ({"backend": "gpu"}, 'no device "gpu" here; choose one of: auto, cpu, reference'),
     ({"q": Q.numpy()}, "q: ndarray, expected a torch.Tensor"),
     ({"v": None}, "v: NoneType, expected a torch.Tensor"),
@@ -65,7 +64,18 @@ K = torch.randn(10, 2, 16)
     ({"plan": infllm.make_plan(starts((10,)), None, 10, 10, sparse_config=SMALL),
       "sparse_config": infllm.SparseConfig(dense_len=0)},
      "plan: made for dense_len = 256, but sparse_config has 0"),
-    ({"q": Q.int()}, "q: torch.int32|k: torch.float32"),
+    ({"plan": {}}, "plan: <class 'dict'>, expected what infllm.make_plan returns"),
+    ({"q": Q.int()}, "k: torch.float32 .*expected torch.int32"),
+    ({"q": Q.int(), "k": K.int(), "v": K.int()}, "q: torch.int32, expected one of torch.float64"),
+    ({"q": Q.to_sparse()}, "q: torch.sparse_coo, expected a dense tensor"),
+    ({"sparse": "yes", "sparse_config": SMALL}, "sparse: 'yes', expected None, a bool or"),
+    ({"selection": [0], "sparse_config": SMALL}, "selection: list, expected a torch.Tensor"),
+    ({"q_score": [0]}, "q_score: list, expected a torch.Tensor"),
+    ({"max_seqlen_q": 10}, "max_seqlen_q: given without cu_seqlens_q"),
+    ({"cu_seqlens_q": starts((10,)), "max_seqlen_q": -1}, "max_seqlen_q: -1, expected at least 0"),
+    ({"cu_seqlens_q": starts((10,)), "cu_seqlens_k": starts((10,)).to("meta"), "max_seqlen_k": 10},
+     "cu_seqlens_q: on cpu, but cu_seqlens_k is on meta"),
+    ({"backend": 3}, "backend: 3, expected None or one of reference"),
     ({"plan": infllm.make_plan(starts((10,)), None, 10, 10), "sparse": True},
      "plan: given with cu_seqlens, max_seqlen or sparse"),
 ])
@@ -74,10 +84,34 @@ def test_messages(arguments: dict[str, Any], message: str) -> None:
         infllm.attention(**{"q": Q, "k": K, "v": K, **arguments})
 
 
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: infllm.compress(K[0], sparse_config=SMALL), r"k: \[2, 16\], expected \[S, Hkv, D\]"),
+    (lambda: infllm.score(Q, K, starts((10,)), plan=infllm.make_plan(starts((10,)), None, 10, 10),
+                          sparse_config=SMALL), "plan: given with cu_seqlens"),
+    (lambda: infllm.select(torch.zeros(2, 10, 1), None, starts((10,)), sparse_config=SMALL),
+     "cu_seqlens_k: given without cu_seqlens_q"),
+    (lambda: infllm.attend(Q, K, K, None, sparse_config=SMALL), "selection: NoneType, expected"),
+    (lambda: infllm.selection_alignment_loss(Q, K, sparse_config=SMALL, rows=[1]), "rows: list"),
+    (lambda: infllm.choose(Q, K, sparse_config=None), "sparse_config: NoneType, expected"),
+    (lambda: infllm.KVCache(8, 2, 64, dtype="bf16"), "dtype: bf16, expected one of torch.float64"),
+    (lambda: infllm.KVCache(8, 2.0, 64, dtype=torch.float32), "heads_kv: 2.0, expected an int"),
+    (lambda: infllm.KVCache(0, 2, 64, dtype=torch.float32), "num_pages: 0, expected at least 1"),
+    (lambda: infllm.KVCache(8, 2, 64, dtype=torch.float32, device="mps"), "device: mps, expected"),
+])
+def test_messages_of_the_others(call: Callable[[], object], message: str) -> None:
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        call()
+
+
 @pytest.mark.parametrize(("values", "message"), [
     ({"topK": 3}, r"unknown \['topK'\], expected some of"),
     ({"topk": 3.5}, "topk = 3.5, expected an int"),
     ({"lse_source": "both"}, "lse_source = 'both', expected one of"),
+    ({"use_nope": 1}, "use_nope = 1, expected a bool"),
+    ({"topk": 0}, "topk = 0, expected 1 to"),
+    ({"topk": 2**40}, f"topk = {2**40}, expected 32 bits"),
+    ({"block_size": 0}, "block_size = 0, expected"),
+    ({"kernel_stride": 10}, "expected a multiple of"),
 ])
 def test_config_messages(values: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
@@ -134,10 +168,11 @@ def test_no_random_shape_crashes() -> None:
             [pick(0, 0, 3), *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)})
         if arguments and chance.random() < 0.5:
             arguments["max_seqlen_q"] = chance.randint(-2, 9)
-        config = pick(None, infllm.SparseConfig(
-            dense_len=pick(-1, 0, 3), topk=pick(0, 1, 9), init_blocks=pick(0, 1, 5),
-            window_size=pick(0, 64, 100)))
+        numbers = {"dense_len": pick(-1, 0, 3), "topk": pick(0, 1, 9), "init_blocks": pick(0, 1, 5),
+                   "window_size": pick(0, 64, 100)}
+        sparse = chance.random() < 0.5
         try:
+            config = infllm.SparseConfig(**numbers) if sparse else None
             out = infllm.attention(q, k, k, **arguments, sparse_config=config)
             assert out.shape == q.shape
         except (ValueError, TypeError, NotImplementedError):

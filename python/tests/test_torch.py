@@ -179,6 +179,28 @@ def test_no_second_derivative() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func() -> None:
+    """grad and vmap in either order are what autograd does for each of a batch."""
+    q, k, v = (x[None] * torch.tensor([1.0, 2.0])[:, None, None, None]
+               for x in Case("one", (320,), (320,)).numbers(torch.float32))
+
+    def loss(*x: torch.Tensor) -> torch.Tensor:
+        return infllm.attention(*x, sparse_config=SMALL).square().sum()
+
+    expected = []
+    for x in zip(q, k, v, strict=True):
+        leaves = [y.clone().requires_grad_() for y in x]
+        expected.append(torch.autograd.grad(loss(*leaves), leaves))
+    every = (0, 1, 2)
+    for found in (torch.func.vmap(torch.func.grad(loss, every))(q, k, v),
+                  torch.func.grad(lambda *x: torch.func.vmap(loss)(*x).sum(), every)(q, k, v)):
+        for mine, true in zip(found, zip(*expected, strict=True), strict=True):
+            assert torch.equal(mine, torch.stack(true))
+    with pytest.raises(RuntimeError, match="a second derivative was asked for"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x, k[0], v[0]).sum())(q[0])
+
+
 def test_deterministic_mode(place: Place) -> None:
     device, dtype = place
     q, k, v = Case("one", (320,), (320,)).numbers(dtype, device, grad=True)
