@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of bench/results/training/*.jsonl for docs/training.md; render_results.py calls it.
 
-Records: adapt.task, adapt.perplexity, adapt.step and adapt.run of examples/adapt, and scale.* of
-python/tests/scale.py; beside them the training log in examples/adapt. The paper's numbers (arXiv 2509.24663, tables 1 and 4) stand beside them.
+Records: adapt.* of examples/adapt, with its training log, and scale.* of python/tests/scale.py. The
+paper's numbers (arXiv 2509.24663, tables 1 and 4) stand beside them.
 """
 
 import json
@@ -25,12 +25,13 @@ PAPER = {
 }
 ARMS = {
     "short": "(c) not continued", "dense": "(a) dense", "sparse": "(b) sparse",
-    "aligned": "(d) sparse, selection taught",
+    "aligned": "(d) sparse, selection taught", "taught": "(e) dense, selection taught",
 }
 LONG = 32768
 FIRST = "h200-first"  # the model name in records of the first, shorter run
 PAPER_NOTE = ("The paper's (b) sparse / (a) dense at 32K: 98.1 % over RULER's thirteen tasks, 97.0 % "
               "over these eleven.\n")
+SEEDS_NOTE = "± of a seed: of the cases; ± of the mean: standard error of what the seeds say.\n"
 
 
 def load(folder):
@@ -82,13 +83,15 @@ class Scores:
         return self.ratio((arm, attention), None, length)[1]
 
     def pairs(self, first, second, length, task):
-        """[(first, second) of every seed] of each case that both have; a run without the seed's
-        counterpart, such as the one that all seeds begin with, stands for it. second None: 1."""
+        """[(first, second) of every seed that both have] of each case that both have. The short run
+        that several seeds begin with has the first one's number. second None: 1."""
         above = self.cells[*first, length, task]
         below = self.cells[*second, length, task] if second else {}
         cases = {}
         for seed, shares in above.items():
-            other = below.get(seed, next(iter(below.values()))) if second else [1.0] * len(shares)
+            other = below.get(seed, []) if second else [1.0] * len(shares)
+            if second and second[0] == "short":
+                other = below[max((s for s in below if s <= seed), default=min(below))]
             for case, pair in enumerate(zip(shares, other)):
                 cases.setdefault(case, []).append(pair)
         return list(cases.values())
@@ -103,6 +106,8 @@ class Scores:
         if None in (self(*reading, length) for reading in (first, second) if reading):
             return None, None
         tasks = [self.pairs(first, second, length, task) for task in TASKS]
+        if not all(tasks):
+            return None, None
         top, bottom = (statistics.mean(statistics.mean(pair[i] for case in task for pair in case)
                                        for task in tasks) for i in (0, 1))
         if not bottom:
@@ -150,41 +155,63 @@ def mean_table(score):
     rows = [[kilo(length), *(one(score(arm, attention, length))
                              for arm in ARMS for attention in ("dense", "sparse")),
              one(score.error("dense", "dense", length))] for length in score.lengths()]
-    letters = ("(c)", "(a)", "(b)", "(d)")
-    head = [f"{letter} read {a}" for letter in letters for a in ("dense", "sparse")]
+    head = [f"{label[:3]} read {a}" for label in ARMS.values() for a in ("dense", "sparse")]
     return table(*told(["tokens", *head, "± of (a) read dense"], rows))
 
 
 # Of what a reading keeps, and of which: (first, second) of Scores.ratio.
 KEPT = {
+    "(d) sparse / (e) dense": (("aligned", "sparse"), ("taught", "dense")),
     "(b) sparse / (a) dense": (("sparse", "sparse"), ("dense", "dense")),
-    "(d) sparse / (a) dense": (("aligned", "sparse"), ("dense", "dense")),
     "(d) sparse / (d) dense": (("aligned", "sparse"), ("aligned", "dense")),
+    "(d) sparse / (a) dense": (("aligned", "sparse"), ("dense", "dense")),
     "(d) dense / (a) dense": (("aligned", "dense"), ("dense", "dense")),
+    "(e) dense / (a) dense": (("taught", "dense"), ("dense", "dense")),
+    "(e) sparse / (e) dense": (("taught", "sparse"), ("taught", "dense")),
+    "(b) dense / (a) dense": (("sparse", "dense"), ("dense", "dense")),
     "(a) sparse / (a) dense": (("dense", "sparse"), ("dense", "dense")),
 }
-BY_SEED = ("(b) sparse / (a) dense", "(d) sparse / (a) dense")
-BEFORE = {f"{letter} / (c)": ((arm, "dense"), ("short", "dense"))
-          for letter, arm in (("(a)", "dense"), ("(b)", "sparse"), ("(d)", "aligned"))}
+BEFORE = {f"{ARMS[arm][:3]} / (c)": ((arm, "dense"), ("short", "dense")) for arm in ARMS if arm != "short"}
 
 
 def ratio_table(score, ratios, lengths):
-    rows = [[kilo(length), *(with_error(*score.ratio(*pair, length)) for pair in ratios.values())]
-            for length in lengths]
-    return table(*told(["tokens", *ratios], rows))
+    """A row a ratio, without those of which nothing is known."""
+    rows = [[name, *(with_error(*score.ratio(*pair, length)) for length in lengths)]
+            for name, pair in ratios.items()]
+    return table(["ratio", *map(kilo, lengths)], [row for row in rows if any(row[1:])])
+
+
+def task_records(records):
+    return [r for r in records if r["name"] == "adapt.task"]
+
+
+def seeds_of_all(records):
+    """The seeds that every arm has been continued with; all seeds where there is none."""
+    seeds = {}
+    for r in task_records(records):
+        seeds.setdefault(r["arm"], set()).add(r["seed"])
+    return set.intersection(*seeds.values()) or set().union(*seeds.values()) if seeds else set()
+
+
+def of_seeds(records, seeds):
+    return [r for r in records if r.get("seed") in seeds]
 
 
 def seed_table(records, score):
-    """What is kept, seed by seed, where there are several."""
-    tasks = [r for r in records if r["name"] == "adapt.task" and r["arm"] != "short"]
-    seeds = sorted({r["seed"] for r in tasks})
-    if len(seeds) < 2:
-        return ""
-    short = short_lengths(score)
-    each = {seed: Scores([r for r in tasks if r["seed"] == seed]) for seed in seeds}
-    rows = [[kilo(length), name, *(with_error(*each[seed].ratio(*KEPT[name], length)) for seed in seeds)]
-            for length in score.lengths() if length not in short for name in BY_SEED]
-    return table(["tokens", "ratio", *(f"seed {seed}" for seed in seeds)], rows)
+    """What is kept, seed by seed, of the ratios that several seeds have."""
+    seeds = sorted({r["seed"] for r in task_records(records) if r["arm"] != "short"})
+    each = [Scores(of_seeds(task_records(records), {seed})) for seed in seeds]
+    rows = []
+    for name, pair in KEPT.items():
+        for length in score.lengths():
+            found = [of.ratio(*pair, length) for of in each]
+            values = [value for value, _ in found if value is not None]
+            if length not in short_lengths(score) and len(values) > 1:
+                spread = statistics.stdev(values) / math.sqrt(len(values))
+                rows.append([name, kilo(length), *(with_error(*one_of) for one_of in found),
+                             with_error(statistics.mean(values), spread)])
+    return table(["ratio", "tokens", *(f"seed {seed}" for seed in seeds), "mean of the seeds"],
+                 rows) if rows else ""
 
 
 def short_lengths(score):
@@ -228,6 +255,8 @@ def perplexity_table(records):
 
 def log_table(log):
     """Losses of the answers in training, early and late, of the same steps in every arm."""
+    seed = min((r["seed"] for r in log if r["phase"] == "adapt"), default=None)
+    log = [r for r in log if r["seed"] == seed]
     arms = [arm for arm in ARMS if any(r["arm"] == arm and r["phase"] == "adapt" for r in log)]
     steps = {arm: {r["step"]: r for r in log if r["phase"] == "adapt" and r["arm"] == arm and r["answer_loss"]}
              for arm in arms}
@@ -258,7 +287,8 @@ def cost_table(records):
 def step_table(records):
     steps = [{"weights": "random", **r} for r in records if r["name"] == "adapt.step"]
     dense = {(r["weights"], r["length"]): r["ms"] for r in steps if r["arm"] == "dense"}
-    label = {"dense": "dense, cuDNN", "sparse": "sparse", "aligned": "sparse, selection taught"}
+    label = {"dense": "dense, cuDNN", "taught": "dense, cuDNN, selection taught", "sparse": "sparse",
+             "aligned": "sparse, selection taught"}
     rows = []
     for r in sorted(steps, key=lambda r: (r["weights"] == "random", r["length"], list(label).index(r["arm"]))):
         beside = dense.get((r["weights"], r["length"]))
@@ -304,23 +334,25 @@ def tables(records, log=()):
     records = [r for r in records if r.get("model") != FIRST]
     names = {r["name"] for r in records}
     score, out = Scores(records), []
+    seeds = seeds_of_all(records)
+    complete = of_seeds(records, seeds)
+    which = "seed " + " and ".join(map(str, sorted(seeds)))
     if score.lengths():
         short = short_lengths(score)
         out += ["### What is kept, in percent\n",
                 ratio_table(score, KEPT, [n for n in score.lengths() if n not in short]), PAPER_NOTE]
-        by_seed = seed_table(records, score)
-        out += ["### The same of every seed\n", by_seed] if by_seed else []
+        if by_seed := seed_table(records, score):
+            out += ["### The same of every seed\n", by_seed, SEEDS_NOTE]
         out += ["### Short inputs, after continuing against before\n",
                 ratio_table(score, BEFORE, short)] if short else []
-        out += ["### Mean of the tasks at every length\n", mean_table(score),
-                "### Tasks at 32K, % of the answers' items\n", task_table(score)]
-        few = budget_table(records, score)
-        out += ["### Fewer blocks than trained with\n", few] if few else []
+        out += [f"### Mean of the tasks at every length, {which}\n", mean_table(Scores(complete)),
+                f"### Tasks at 32K, % of the answers' items, {which}\n", task_table(Scores(complete))]
+        if few := budget_table(records, score):
+            out += ["### Fewer blocks than trained with\n", few]
     if "adapt.perplexity" in names:
-        out += ["### Held-out perplexity of the same tokens after more and more text\n",
-                perplexity_table(records)]
-    in_training = log_table(log)
-    if in_training:
+        out += [f"### Held-out perplexity of the same tokens after more and more text, {which}\n",
+                perplexity_table(complete)]
+    if in_training := log_table(log):
         out += ["### Loss of the answers in training, each third of the steps\n", in_training]
     if "adapt.run" in names:
         out += ["### Cost\n", cost_table(records)]
@@ -343,15 +375,19 @@ def summary(root):
         return ", ".join(f"{with_error(*of.ratio(*KEPT[name], n))} at {kilo(n)}" for n in lengths
                          if of.ratio(*KEPT[name], n)[0] is not None)
 
-    taught, own = (kept(score, name) for name in ("(d) sparse / (a) dense", "(d) sparse / (d) dense"))
-    plain = kept(first, "(b) sparse / (a) dense")
-    if not taught or not own:
+    parts = {
+        "of what it has continued dense with the same teaching": kept(score, "(d) sparse / (e) dense"),
+        "of its own dense reading": kept(score, "(d) sparse / (d) dense"),
+        "of what it has continued dense without teaching": kept(score, "(d) sparse / (a) dense"),
+    }
+    plain = next(filter(None, (kept(of, "(b) sparse / (a) dense") for of in (score, first))), "")
+    told = [f"{percent} {what}" for what, percent in parts.items() if percent]
+    if not told:
         return ""
-    return ("\nA model of 65 M parameters, trained short and dense and continued at up to 32K, read sparse: "
-            f"with its selection taught it keeps {own} of what it answers when read dense; beside continuing it "
-            f"dense, which has no such teaching, that is {taught}"
-            + (f"; untaught, in a shorter run, {plain}" if plain else "") + ". "
-            "Setting and limits: [docs/training.md](docs/training.md).\n")
+    return ("\nA model of 65 M parameters, trained short and dense, is continued at up to 32K, sparse and with its "
+            f"selection taught. Read sparse it has {'; '.join(told)}. "
+            + (f"Untaught, sparse beside dense: {plain}. " if plain else "")
+            + "Setting and limits: [docs/training.md](docs/training.md).\n")
 
 
 def logged(root):

@@ -28,7 +28,7 @@ class TrainingTablesTest(unittest.TestCase):
         # a - 0.75 b is 1/4, -3/4 and 0 in 6, 2 and 2 of ten cases: variance 1/6; b's: 8/45.
         error = 100 * math.sqrt(11 / 6 / 10) / 11 / 0.8
         base = 100 * math.sqrt(11 * 8 / 45 / 10) / 11
-        self.assertIn(f"| 32K | 75.0 ± {error:.1f} % |\n", text)
+        self.assertIn(f"| (b) sparse / (a) dense | 75.0 ± {error:.1f} % |\n", text)
         self.assertIn(f"| 32K | 80.0 | 60.0 | {base:.1f} |", text)
 
     def test_a_ratio_is_of_the_cases_that_both_have(self):
@@ -47,8 +47,26 @@ class TrainingTablesTest(unittest.TestCase):
         self.assertAlmostEqual(100 * 7 / 9, ratio)
         self.assertAlmostEqual(100 * math.sqrt(variance / 10 / 11) / 0.9, error)
         text = training_tables.tables(records)
-        self.assertIn("| tokens | ratio | seed 1 | seed 2 |", text)
-        self.assertRegex(text, r"\| 32K \| \(d\) sparse / \(a\) dense \| 75\.0 ± \d\.\d % \| 80\.0 ± \d\.\d % \|")
+        self.assertIn("| ratio | tokens | seed 1 | seed 2 | mean of the seeds |", text)
+        self.assertRegex(text, r"\| \(d\) sparse / \(a\) dense \| 32K \| 75\.0 ± \d\.\d % \| 80\.0 ± \d\.\d % "
+                               r"\| 77\.5 ± 2\.5 % \|")
+
+    def test_a_ratio_is_of_the_seeds_that_both_have(self):
+        records = all_tasks("dense", "dense", 4, seed=1) + all_tasks("aligned", "sparse", 4, seed=1)
+        records += all_tasks("aligned", "sparse", 9, seed=2) + all_tasks("taught", "dense", 10, seed=2)
+        score = training_tables.Scores(records)
+        ratios = {name: score.ratio(*pair, 32768)[0] for name, pair in training_tables.KEPT.items()}
+        self.assertAlmostEqual(100.0, ratios["(d) sparse / (a) dense"])
+        self.assertAlmostEqual(90.0, ratios["(d) sparse / (e) dense"])
+        self.assertIsNone(ratios["(e) dense / (a) dense"])
+
+    def test_arms_stand_beside_one_another_where_all_have_a_seed(self):
+        records = all_tasks("dense", "dense", 4, seed=1) + all_tasks("aligned", "sparse", 5, seed=1)
+        records += all_tasks("dense", "dense", 8, seed=2)
+        text = training_tables.tables(records)
+        self.assertIn("### Mean of the tasks at every length, seed 1\n", text)
+        self.assertIn("| 32K | 40.0 | 50.0 |", text)
+        self.assertEqual({1, 2}, training_tables.seeds_of_all(records[:11] + records[22:]))
 
     def test_the_run_before_all_seeds_stands_beside_each(self):
         records = all_tasks("short", "dense", 10)
@@ -68,9 +86,9 @@ class TrainingTablesTest(unittest.TestCase):
             (root / "bench/results/training/a.jsonl").write_text(
                 "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
             text = training_tables.summary(root)
-            self.assertIn("it keeps 80.0 ± ", text)
-            self.assertIn("that is 100.0 ± 0.0 % at 32K", text)
-            self.assertIn("untaught, in a shorter run, 50.0 ± ", text)
+            self.assertIn("it has 80.0 ± ", text)
+            self.assertIn("; 100.0 ± 0.0 % at 32K of what it has continued dense without teaching.", text)
+            self.assertIn("sparse beside dense: 50.0 ± ", text)
 
     def test_the_first_run_stands_apart(self):
         first = all_tasks("dense", "dense", 8) + all_tasks("sparse", "sparse", 4)
@@ -81,7 +99,8 @@ class TrainingTablesTest(unittest.TestCase):
         self.assertIn("| 50.0 ±", after)
 
     def test_losses_are_of_the_steps_that_all_arms_have(self):
-        log = [{"phase": "adapt", "arm": arm, "step": step, "length": 4096, "answer_loss": loss * (step + 1)}
+        log = [{"phase": "adapt", "arm": arm, "step": step, "length": 4096, "answer_loss": loss * (step + 1),
+                "seed": 1}
                for arm, loss in (("dense", 0.1), ("sparse", 0.2)) for step in range(9)]
         log += [dict(log[0], step=0, answer_loss=0.0, arm="aligned")]  # text alone: nothing to answer
         log += [dict(log[0], arm="aligned", step=step, answer_loss=1.0) for step in (1, 4, 8)]
