@@ -56,8 +56,8 @@ def selection_alignment_loss(
 
     Args:
         q: [T, Hq, D], k: [S, Hkv, D], packed as in ``attention``; so are the others.
-        rows: int32 [R], the tokens (of T) to look at, ascending for speed: a few hundred are enough.
-            None: all. Numbers outside [0, T) give a loss of 0.
+        rows: int32 [R], the tokens (of T) to look at, ascending for speed: a few hundred are
+            enough. None: all. Numbers outside [0, T) give a loss of 0.
         q_score, k_score: before RoPE, under use_nope; they get the gradients then.
 
     Returns:
@@ -70,9 +70,8 @@ def selection_alignment_loss(
     plan = scoring_plan_of(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                            sparse_config, plan)
     scale = scale_of(q, softmax_scale)
-    loss: Tensor = _align_op(*prepare(q, k, q_score, k_score), rows, *batch_of(plan), scale,
-                             sparse_config.numbers(), backend or "")[0]
-    return loss
+    return _align_op(*prepare(q, k, q_score, k_score), rows, *batch_of(plan), scale,
+                     sparse_config.numbers(), backend or "")[0]
 
 
 def _shapes(q: Tensor, k: Tensor, q_score: Tensor | None, k_score: Tensor | None,

@@ -114,7 +114,7 @@ def attention(
     scale = scale_of(q, softmax_scale)
     inputs = (*prepare(q, k, v, q_score, k_score), selection)
     if eager.is_eager(*inputs):
-        out, lse, chosen = eager.attend(*inputs, plan, scale, sparse_config, backend or "")
+        out, lse, chosen = eager.attend(inputs, plan, scale, sparse_config, backend or "")
     else:
         out, lse, chosen = ops.attention(
             *inputs, *batch_of(plan), scale,
@@ -123,7 +123,9 @@ def attention(
     if return_lse:
         results.append(lse)
     if return_selection:
-        results.append(chosen if selection is None else selection)
+        given = chosen if selection is None else selection
+        results.append(inputs[0].new_empty((inputs[1].shape[1], inputs[0].shape[0], 0),
+                                           dtype=torch.int32) if given is None else given)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -163,10 +165,9 @@ def choose(
     inputs = prepare(q, k, q_score, k_score)
     with torch.no_grad():
         if eager.is_eager(*inputs):
-            return eager.choose(*inputs, plan, scale, sparse_config, backend or "")
-        chosen: Tensor = torch.ops.infllm.choose(*inputs, *batch_of(plan), scale,
-                                                 sparse_config.numbers(), backend or "")
-    return chosen
+            return eager.choose(inputs, plan, scale, sparse_config, backend or "")
+        return torch.ops.infllm.choose(*inputs, *batch_of(plan), scale, sparse_config.numbers(),
+                                       backend or "")
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:

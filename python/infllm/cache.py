@@ -231,8 +231,8 @@ def _places(cache: KVCache, x: Tensor, held: Tensor, page_table: Tensor,
         max_seqlen = check_count("max_seqlen_q", longest("max_seqlen_q", max_seqlen, cu_seqlens))
         check_ints("cu_seqlens_q", cu_seqlens, "[B + 1]")
         if cu_seqlens.shape[0] - 1 != held.shape[0]:
-            raise ValueError(f"cu_seqlens_q: {cu_seqlens.shape[0] - 1} sequences, but cache_seqlens "
-                             f"has {held.shape[0]}; expected as many")
+            raise ValueError(f"cu_seqlens_q: {cu_seqlens.shape[0] - 1} sequences, but "
+                             f"cache_seqlens has {held.shape[0]}; expected as many")
         new = cu_seqlens.diff()
     room = page_table.shape[1] * cache.block_size
     return (cu_seqlens, held + new if appends else held, page_table, max_seqlen,

@@ -14,9 +14,10 @@ from infllm import _native
 from infllm.checks import (
     check_batch,
     check_lengths,
-    check_like,
     check_qkv,
+    check_scores,
     check_selected_blocks,
+    check_selection,
     check_starts,
     check_tails,
 )
@@ -126,7 +127,7 @@ class Call:
         numbers = tuple(config)
         self.config, native_config = config_of(numbers)
         check_qkv(q, k, v)
-        check_batch(q, *batch, self.config)
+        check_batch(q, *batch, config=self.config)
         column = self.column = column_of(q, backend)
         self.arrays = Arrays(column, *arrays)
         self.chooses = chooses and self.arrays.sparse is not None
@@ -145,28 +146,42 @@ class Call:
         self.device, self.dtype, self.lse_dtype = q.device, q.dtype, lse_type(q)
         self.workspace: dict[str, int] = {}
 
-    def blocks_for(self, selection: Tensor | None) -> Tensor:
-        """Where the selection is, or will be; rows that nobody writes are -1."""
-        column = self.column
+    def check(self, q: Tensor, k: Tensor, q_score: Tensor | None, k_score: Tensor | None,
+              selection: Tensor | None) -> None:
+        """The tensors that the call was not made for."""
         if selection is None:
-            shape = (*self.rows, self.columns)
-            return torch.full(shape, -1, dtype=torch.int32, device=column.device) \
-                if self.columns else column.empty(shape, torch.int32)
-        selection = column.place(selection)
-        if not column.is_cuda:
-            check_selected_blocks(selection, self.blocks)
-        return selection
+            check_scores(q_score, k_score, q, k, self.config)
+        else:
+            self.check_selection(selection, q)
 
-    def describe(self, memory: Tensor, inputs: Sequence[Tensor | None], selection: Tensor,
-                 out: Tensor | None, lse: Tensor | None, scale: float) -> Any:
+    def check_selection(self, selection: Tensor, q: Tensor) -> None:
+        """Blocks that somebody else chose; a device masks what it must not follow."""
+        check_selection(selection, q, self.rows[0])
+        if not self.column.is_cuda:
+            check_selected_blocks(selection, self.blocks)
+
+    def blocks_for(self, selection: Tensor | None) -> Tensor | None:
+        """Where the selection is, or will be; rows that nobody writes are -1. None: nowhere."""
+        if selection is not None:
+            return self.column.place(selection)
+        if self.columns == 0:
+            return None
+        return torch.full((*self.rows, self.columns), -1, dtype=torch.int32,
+                          device=self.column.device)
+
+    def no_blocks(self) -> Tensor:
+        """The selection where nothing can be chosen."""
+        return torch.empty((*self.rows, 0), dtype=torch.int32, device=self.device)
+
+    def describe(self, memory: Tensor, inputs: Sequence[Tensor | None],
+                 blocks: Tensor | None, out: Tensor | None, lse: Tensor | None, scale: float) -> Any:
         """The native description of a forward pass; inputs are q, k, v, q_score and k_score."""
         q, k, v, q_score, k_score = map(address, inputs)
         pages = _native.KvPages(memory.data_ptr(), self.layout, self.page_bytes, self.pages)
-        columns = selection.shape[2]
         return _native.Forward(
             pages, self.keys, self.batch, self.native_config, self.heads_q, scale, k, v, k_score,
-            q, q_score, address(out), address(lse), selection.data_ptr() if columns else 0,
-            columns)
+            q, q_score, address(out), address(lse), address(blocks),
+            0 if blocks is None else blocks.shape[2])
 
     def run(self, name: str, work: Any) -> None:
         """Starts a Forward or Backward. A host looks into the arrays each time, a device once."""
@@ -185,40 +200,53 @@ class Call:
         """A result where the caller's tensors are."""
         return x if x.dtype is dtype and x.device == self.device else x.to(self.device, dtype)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None,
-                k_score: Tensor | None, selection: Tensor | None, scale: float, *,
-                attends: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Output, log-sum-exp and the blocks that were chosen ([Hkv, T, 0] where none were)."""
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None,
+               k_score: Tensor | None) -> list[Tensor | None]:
+        """The tensors as the column reads them."""
         column = self.column
-        nope = self.chooses and self.config.use_nope
-        inputs = [column.numbers(q), column.numbers(k), column.numbers(v),
-                  column.numbers(q_score) if nope else None,
-                  column.numbers(k_score) if nope else None]
+        tensors: list[Tensor | None] = [column.numbers(q), column.numbers(k), column.numbers(v)]
+        for x in (q_score, k_score):
+            used = x is not None and self.chooses and self.config.use_nope
+            tensors.append(column.numbers(x) if used else None)
+        return tensors
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None,
+                k_score: Tensor | None, selection: Tensor | None, scale: float,
+                ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output, log-sum-exp and the blocks that were chosen, if any were."""
+        column = self.column
+        inputs = self.inputs(q, k, v, q_score, k_score)
         blocks = self.blocks_for(selection)
         memory = column.bytes(self.pages * self.page_bytes)
-        out = lse = None
-        if attends:
-            out = column.empty(q.shape, column.activation)
-            lse = column.empty(self.lse_shape, column.accumulate)
-        self.run("attention" if attends else "choose",
-                 self.describe(memory, inputs, blocks, out, lse, scale))
-        chosen = blocks if selection is None else column.empty((*self.rows, 0), torch.int32)
-        chosen = self.result(chosen, torch.int32)
-        if out is None or lse is None:
-            return None, None, chosen
-        return self.result(out, self.dtype), self.result(lse, self.lse_dtype), chosen
+        out = column.empty(q.shape, column.activation)
+        lse = column.empty(self.lse_shape, column.accumulate)
+        self.run("attention", self.describe(memory, inputs, blocks, out, lse, scale))
+        if selection is None and blocks is not None:
+            blocks = self.result(blocks, torch.int32)
+        else:
+            blocks = None
+        return self.result(out, self.dtype), self.result(lse, self.lse_dtype), blocks
+
+    def choose(self, q: Tensor, k: Tensor, q_score: Tensor | None, k_score: Tensor | None,
+               scale: float) -> Tensor:
+        """The blocks alone."""
+        blocks = self.blocks_for(None)
+        if blocks is None:
+            return self.no_blocks()
+        # Pages have room for values; the keys stand in for them.
+        inputs = self.inputs(q, k, k, q_score, k_score)
+        memory = self.column.bytes(self.pages * self.page_bytes)
+        self.run("choose", self.describe(memory, inputs, blocks, None, None, scale))
+        return self.result(blocks, torch.int32)
 
     def backward(self, grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor,
                  v: Tensor, out: Tensor, lse: Tensor, selection: Tensor | None, scale: float,
                  ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         column = self.column
-        check_like("out", out, q, "q")
-        check_like("grad_out", grad_out, q, "q")
-        check_like("grad_lse", grad_lse, lse, "lse")
         grad_out = column.numbers(torch.zeros_like(q) if grad_out is None else grad_out)
         grad_lse = None if grad_lse is None else column.sums(grad_lse)
-        inputs = [column.numbers(q), column.numbers(k), column.numbers(v), None, None]
+        inputs = self.inputs(q, k, v, None, None)
         out, lse = column.numbers(out), column.sums(lse)
         blocks = self.blocks_for(selection)
         memory = column.bytes(self.pages * self.page_bytes)

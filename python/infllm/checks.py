@@ -191,5 +191,5 @@ def check_lengths(new: list[int], held: list[int]) -> None:
     """A cache's sequences hold at least their new tokens."""
     for i, (tokens, keys) in enumerate(zip(new, held, strict=True)):
         if keys < tokens:
-            raise ValueError(f"cache_seqlens: sequence {i} has {keys} keys, its {tokens} new tokens "
-                             f"included, expected at least {tokens}")
+            raise ValueError(f"cache_seqlens: sequence {i} has {keys} keys, its {tokens} new "
+                             f"tokens included, expected at least {tokens}")

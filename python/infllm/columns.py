@@ -25,7 +25,7 @@ def stream_of(device: torch.device) -> int:
     """The current stream of a CUDA device, as a cudaStream_t."""
     if _raw_stream is None or device.index is None:
         return torch.cuda.current_stream(device).cuda_stream
-    return int(_raw_stream(device.index))
+    return _raw_stream(device.index)
 
 
 class Column:
@@ -103,5 +103,4 @@ def column_of(x: Tensor, backend: str = "", argument: str = "q") -> Column:
 
 def available() -> list[str]:
     """The names that ``backend`` takes on this machine, slowest first."""
-    names: list[str] = _native.available()
-    return names
+    return _native.available()

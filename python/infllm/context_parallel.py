@@ -7,14 +7,15 @@
     out = context_parallel.attention(q, k, v, plan, sparse_config=config)   # in every layer
 
 T tokens, packed sequences behind one another, are cut into W equal contiguous shards, one a
-process, without regard to where sequences begin. A process computes q, k and v of its shard, gathers
-K and V of all, and attends with its queries to the keys up to its shard's end: bottom-right causal
-alignment gives every query its place. Backward, the gradients of the gathered K and V are summed
-over the processes and scattered, in float32. Communication a layer is 2 T Hkv D elements gathered
-and as many reduced, which is little for grouped keys: 0.13 GB of bf16 for 128K tokens, 2 heads of 128.
+process, without regard to where sequences begin. A process computes q, k and v of its shard,
+gathers K and V of all, and attends with its queries to the keys up to its shard's end: bottom-right
+causal alignment gives every query its place. Backward, the gradients of the gathered K and V are
+summed over the processes and scattered, in float32. Communication a layer is 2 T Hkv D elements
+gathered and as many reduced, which is little for grouped keys: 0.13 GB of bf16 for 128K tokens and
+2 heads of 128.
 
-A sequence is sparse or dense as its whole length says. Dense attention gives later shards more to do
-(a shard's queries see all keys before it); sparse attention gives all nearly the same.
+A sequence is sparse or dense as its whole length says. Dense attention gives later shards more to
+do (a shard's queries see all keys before it); sparse attention gives all nearly the same.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def plan(
     total = bounds[-1]
     if total % world:
         raise ValueError(
-            f"cu_seqlens: {total} tokens over {world} processes, expected a multiple; pad the batch "
-            f"to {-(-total // world) * world}, for instance by a sequence of padding"
+            f"cu_seqlens: {total} tokens over {world} processes, expected a multiple; pad the "
+            f"batch to {-(-total // world) * world}, for instance by a sequence of padding"
         )
     begin, end = total // world * rank, total // world * (rank + 1)
     mine = [(a, b) for a, b in zip(bounds, bounds[1:]) if max(a, begin) < min(b, end)]

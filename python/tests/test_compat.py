@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published package's functions: the released pipeline, step by step, chooses what we choose."""
+"""The published package's functions: the released pipeline chooses, step by step, what we do."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@
     hf.set_sparse_config(model, infllm.SparseConfig())    # without it: the config.json's, or dense
 
 Any model whose attention goes through transformers' AttentionInterface, causal and without sliding
-windows. Padding masks are followed, and so are packed sequences, told by position_ids that begin anew;
-once a forward pass that waits for the device. Sequences told by cu_seq_lens_q and the like are not
-waited for, and are the way to have packed ones under torch.compile.
+windows. Padding masks are followed, and so are packed sequences, told by position_ids that begin
+anew; once a forward pass that waits for the device. Sequences told by cu_seq_lens_q and the like are
+not waited for, and are the way to have packed ones under torch.compile.
 """
 
 from __future__ import annotations
