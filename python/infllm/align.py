@@ -143,7 +143,7 @@ def _fake_backward(grad_loss: Tensor, norms: Tensor, grad_scores: Tensor, window
 
 def _align_backward(grad_loss: Tensor, norms: Tensor, grad_scores: Tensor, windows: Tensor,
                     *inputs: Any) -> tuple[Tensor, Tensor]:
-    q, k, rows, backend = inputs[0], inputs[1], inputs[4], inputs[-1]
+    q, k, backend = inputs[0], inputs[1], inputs[-1]
     column = column_of(q, backend)
     sums = [x.to(device=column.device, dtype=column.accumulate).contiguous()
             for x in (grad_loss, norms, grad_scores)]
@@ -154,7 +154,7 @@ def _align_backward(grad_loss: Tensor, norms: Tensor, grad_scores: Tensor, windo
     run(column, _native.AlignBackward(work.native, address(sums[0]), address(grad_rows),
                                       address(grad_k)))
     grad_q = grad_rows
-    if rows is not None:
+    if work.rows is not None:
         tokens = q.shape[0]
         inside = (work.rows >= 0) & (work.rows < tokens)
         grad_q = grad_rows.new_zeros((tokens + 1, *q.shape[1:])).index_add_(
@@ -174,7 +174,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = (max_seqlen_q, max_seqlen_k, scale, config, backend)
 
 
-def _gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+def _gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * 15
     if grad_loss is not None:
         tensors = ctx.saved_tensors

@@ -208,7 +208,8 @@ def plan_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Ten
             sparse: bool | Tensor | None, plan: Plan | None = None) -> Plan:
     """The plan that was given, or that of the other arguments."""
     if plan is not None:
-        if not cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is sparse is None:
+        if (cu_seqlens_q is not None or cu_seqlens_k is not None or max_seqlen_q is not None
+                or max_seqlen_k is not None or sparse is not None):
             raise ValueError("plan: given with cu_seqlens, max_seqlen or sparse, expected it alone")
         check_plan(plan, config)
         return plan
@@ -222,7 +223,8 @@ def plan_of(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Ten
                 raise ValueError(f"{name}: given without cu_seqlens_q, expected both")
         if q.dim() == 4 and q.shape[0] != k.shape[0]:
             raise ValueError(f"k: {k.shape[0]} sequences, expected {q.shape[0]} as q")
-        lengths = (1, q.shape[0], k.shape[0]) if q.dim() == 3 else (*q.shape[:2], k.shape[1])
+        lengths = ((1, q.shape[0], k.shape[0]) if q.dim() == 3
+                   else (q.shape[0], q.shape[1], k.shape[1]))
         if eager.is_eager(q, k):
             return eager.uniform(*lengths, q.device, config, sparse)
         return uniform_plan(*lengths, q.device, sparse_config=config, sparse=sparse)

@@ -179,7 +179,7 @@ def attend_with_kvcache(
     config = cache.sparse_config
     cu, kv_length, table, longest_q, longest_k = places
     flags = sparse_flags(kv_length, longest_k, config, sparse)
-    inputs = [None if x is None else _packed(x) for x in (q, q_score, k, v, k_score)]
+    inputs: Any = [None if x is None else _packed(x) for x in (q, q_score, k, v, k_score)]
     scale = scale_of(q, softmax_scale)
     if is_eager(*inputs, cache.pages, flags, cu, kv_length, table):
         out, lse, chosen = _step(cache, inputs, flags, places, scale)
@@ -267,7 +267,7 @@ def _append_nothing(pages: Tensor, k: Tensor, v: Tensor, k_score: Tensor | None,
     _check_places(k, cu_seqlens_q, kv_length, page_table, None, max_seqlen_q, max_seqlen_k, config)
 
 
-def _step(cache: KVCache, inputs: Sequence[Tensor | None], flags: Tensor | None,
+def _step(cache: KVCache, inputs: Sequence[Any], flags: Tensor | None,
           places: tuple[Tensor, Tensor, Tensor, int, int], scale: float,
           ) -> tuple[Tensor, Tensor, Tensor]:
     """Appends and attends in one go; inputs are q, q_score, k, v and k_score, packed."""

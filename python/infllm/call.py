@@ -23,7 +23,7 @@ from infllm.checks import (
 )
 from infllm.columns import Column, column_of
 from infllm.config import SparseConfig
-from infllm.plan import page_count
+from infllm.plan import Batch, page_count
 
 
 def address(x: Tensor | None) -> int:
@@ -121,15 +121,15 @@ class Call:
         chooses: whether blocks are chosen here, rather than given or not needed.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, batch: Sequence[Any],
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch,
                  config: Sequence[int], backend: str, *, chooses: bool) -> None:
-        *arrays, max_seqlen_q, max_seqlen_k = batch
+        max_seqlen_q, max_seqlen_k = batch[5:]
         numbers = tuple(config)
         self.config, native_config = config_of(numbers)
         check_qkv(q, k, v)
-        check_batch(q, *batch, config=self.config)
+        check_batch(q, *batch, self.config)
         column = self.column = column_of(q, backend)
-        self.arrays = Arrays(column, *arrays)
+        self.arrays = Arrays(column, *batch[:5])
         self.chooses = chooses and self.arrays.sparse is not None
         self.native_config = native_config if self.chooses else None
         self.columns = columns_of(self.config, self.arrays.sparse, max_seqlen_k) if chooses else 0
@@ -204,11 +204,10 @@ class Call:
                k_score: Tensor | None) -> list[Tensor | None]:
         """The tensors as the column reads them."""
         column = self.column
-        tensors: list[Tensor | None] = [column.numbers(q), column.numbers(k), column.numbers(v)]
-        for x in (q_score, k_score):
-            used = x is not None and self.chooses and self.config.use_nope
-            tensors.append(column.numbers(x) if used else None)
-        return tensors
+        nope = self.chooses and self.config.use_nope
+        return [column.numbers(q), column.numbers(k), column.numbers(v),
+                *(column.numbers(x) if nope and x is not None else None
+                  for x in (q_score, k_score))]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, q_score: Tensor | None,
                 k_score: Tensor | None, selection: Tensor | None, scale: float,

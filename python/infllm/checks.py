@@ -53,7 +53,7 @@ def check_ints(name: str, x: Any, shape: str) -> None:
 def check_count(name: str, x: Any, least: int = 0) -> int:
     """A number of tokens, pages or heads."""
     try:
-        count: int = x if isinstance(x, (int, torch.SymInt)) else operator.index(x)
+        count: Any = x if isinstance(x, (int, torch.SymInt)) else operator.index(x)
     except TypeError:
         raise TypeError(f"{name}: {x!r}, expected an int") from None
     if count < least:

@@ -43,14 +43,15 @@ def install(name: str = "infllm_v2", *, block_window: bool = False) -> None:
     """
     module = types.ModuleType(name, __doc__)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    module.__version__ = infllm.__version__
-    for function in (infllmv2_attn_stage1, topk_to_uint64, blockmask_to_uint64, uint64_to_bool):
-        setattr(module, function.__name__, function)
-    for function in (infllmv2_attn_varlen_func, infllmv2_attn_with_kvcache):
-        setattr(module, function.__name__, _expecting_window(function, block_window))
-    for function in (max_pooling_1d, max_pooling_1d_varlen):
-        setattr(module, function.__name__,
-                functools.partial(function, local_score=-torch.inf) if block_window else function)
+    functions: list[Callable[..., Any]] = [
+        infllmv2_attn_stage1, topk_to_uint64, blockmask_to_uint64, uint64_to_bool,
+        _expecting_window(infllmv2_attn_varlen_func, block_window),
+        _expecting_window(infllmv2_attn_with_kvcache, block_window)]
+    module.__dict__.update({function.__name__: function for function in functions},
+                           __version__=infllm.__version__)
+    for pooling in (max_pooling_1d, max_pooling_1d_varlen):
+        module.__dict__[pooling.__name__] = (
+            functools.partial(pooling, local_score=-torch.inf) if block_window else pooling)
     sys.modules[name] = module
 
 
@@ -263,20 +264,19 @@ def infllmv2_attn_with_kvcache(
     owners = range(batch) if cache_batch_idx is None else cache_batch_idx.tolist()
     packed: list[list[Tensor]] = [[], []]
     for b, (held, owner) in enumerate(zip(lengths, owners, strict=True)):
-        for cache, fresh, out in ((k_cache, k, packed[0]), (v_cache, v, packed[1])):
+        for cache, fresh, keys in ((k_cache, k, packed[0]), (v_cache, v, packed[1])):
+            size = cache.shape[1]
+            rows = torch.arange(held + (new if fresh is not None else 0), device=q.device)
             if block_table is None:
-                rows = torch.arange(held + (new if fresh is not None else 0), device=q.device)
-                rows = rows + owner * cache.shape[1]
+                rows = rows + owner * size
             else:
-                at = torch.arange(held + (new if fresh is not None else 0), device=q.device)
-                size = cache.shape[1]
-                rows = block_table[b].long()[at // size] * size + at % size
+                rows = block_table[b].long()[rows // size] * size + rows % size
             flat = cache.flatten(0, 1)
             if fresh is not None:
                 # Pages of one cache are contiguous, so this view writes through.
-                cache.view(-1, *cache.shape[2:])[rows[held:]] = fresh[b].to(cache.dtype)
                 flat = cache.view(-1, *cache.shape[2:])
-            out.append(flat[rows])
+                flat[rows[held:]] = fresh[b].to(cache.dtype)
+            keys.append(flat[rows])
     totals = [len(x) for x in packed[0]]
     starts = torch.tensor([0, *totals], dtype=torch.int32, device=q.device)
     queries = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new

@@ -13,7 +13,6 @@ from infllm import _native
 
 LSE_SOURCES = ("coarse", "fine")
 SCORE_ROUNDINGS = ("bf16", "none")
-_KINDS = {"int": (int, "an"), "bool": (bool, "a"), "str": (str, "a")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +40,8 @@ class SparseConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kind, article = _KINDS[str(field.type)]
-            if type(value) is not kind:
+            if type(value).__name__ != field.type:
+                article = "an" if field.type == "int" else "a"
                 raise TypeError(f"sparse_config: {field.name} = {value!r}, expected {article} "
                                 f"{field.type}")
             if field.type == "int" and not -2**31 <= value < 2**31:
@@ -67,8 +66,9 @@ class SparseConfig:
     def from_numbers(cls, numbers: Sequence[int]) -> SparseConfig:
         """The reverse of ``numbers``."""
         *counts, use_nope, lse_source, score_rounding, legacy_window = numbers
-        return cls(*counts, bool(use_nope), LSE_SOURCES[lse_source],
-                   SCORE_ROUNDINGS[score_rounding], bool(legacy_window))
+        values: list[Any] = [*counts, bool(use_nope), LSE_SOURCES[lse_source],
+                             SCORE_ROUNDINGS[score_rounding], bool(legacy_window)]
+        return cls(*values)
 
     @property
     def budget_blocks(self) -> int:

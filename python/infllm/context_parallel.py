@@ -95,13 +95,14 @@ def plan(
     queries = [0] + [min(b, end) - begin for _, b in mine]
     keys = [0] + [min(b, end) - first_key for _, b in mine]
     longest = [max((b - a for a, b in zip(x, x[1:])), default=0) for x in (queries, keys)]
+    flags: bool | Tensor | None = sparse
     if sparse is None and sparse_config is not None:
-        flags = [sparse_config.is_sparse_at(b - a) for a, b in mine]
-        sparse = torch.tensor(flags, device=device) if any(flags) else False
+        switched = [sparse_config.is_sparse_at(b - a) for a, b in mine]
+        flags = torch.tensor(switched, device=device) if any(switched) else False
     cu_queries, cu_keys = (
         torch.tensor(x, dtype=torch.int32, device=device) for x in (queries, keys)
     )
-    local = make_plan(cu_queries, cu_keys, *longest, sparse_config=sparse_config, sparse=sparse)
+    local = make_plan(cu_queries, cu_keys, *longest, sparse_config=sparse_config, sparse=flags)
     return Plan(group, begin, end, first_key, local)
 
 
@@ -118,12 +119,12 @@ class _Gather(torch.autograd.Function):
     """[T / W, ...] of every process -> [T, ...]; backward sums in float32 and scatters."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return funcol.wait_tensor(_all_gather(x.contiguous(), 0, group))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         wide = grad.contiguous() if grad.dtype == torch.float64 else grad.float().contiguous()
         summed = _reduce_scatter(wide, "sum", 0, ctx.group)
         return funcol.wait_tensor(summed).to(grad.dtype), None

@@ -23,7 +23,7 @@ from infllm.plan import Plan, batch_of, uniform_plan
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Not of PyTorch's public interface; where one is missing everything goes through the dispatcher.
-_LISTENERS = [getattr(torch._C, name, None) for name in (
+_LISTENERS: list[Any] = [getattr(torch._C, name, None) for name in (
     "_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_get_tracing_state")]
 _LISTENERS.append(getattr(torch._C._autograd, "_profiler_enabled", None))
 _KNOWN = all(_LISTENERS)
@@ -100,7 +100,7 @@ def attend(inputs: tuple[Any, ...], plan: Plan, scale: float, config: SparseConf
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse, chosen = _Attention.apply(*inputs, call, scale, plan, config, backend)
         return out, lse, chosen
-    return call.forward(*inputs, scale=scale)
+    return call.forward(q, k, v, q_score, k_score, selection, scale)
 
 
 def choose(inputs: tuple[Any, ...], plan: Plan, scale: float, config: SparseConfig,

@@ -18,6 +18,7 @@ from torch import Tensor
 from infllm.call import Call, columns_of, config_of, lse_type
 from infllm.checks import check_batch, check_like, check_qkv, check_scores, check_selection
 from infllm.config import SparseConfig
+from infllm.plan import Batch
 
 BATCH = ("Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
           "Tensor? sparse, SymInt max_seqlen_q, SymInt max_seqlen_k")
@@ -45,7 +46,7 @@ def differentiate(name: str, save: Callable[..., None], gradients: Callable[...,
     torch.library makes of the gradients does not take part in that."""
     torch.library.register_autograd(f"infllm::{name}", gradients, setup_context=save, lib=library)
     operator = getattr(torch.ops.infllm, name)
-    transformed = type(name, (torch.autograd.Function,), {
+    transformed: Any = type(name, (torch.autograd.Function,), {
         "forward": staticmethod(operator), "setup_context": staticmethod(save),
         "backward": staticmethod(gradients), "generate_vmap_rule": True})
 
@@ -67,11 +68,11 @@ def once(name: str) -> Callable[..., Any]:
     return differentiate(name, lambda ctx, inputs, output: None, refuse)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, batch: Sequence[Any],
+def _check(q: Tensor, k: Tensor, v: Tensor, batch: Batch,
            config: Sequence[int]) -> SparseConfig:
     check_qkv(q, k, v)
     numbers, _ = config_of(tuple(config))
-    check_batch(q, *batch, config=numbers)
+    check_batch(q, *batch, numbers)
     return numbers
 
 

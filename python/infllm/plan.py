@@ -31,7 +31,11 @@ class Plan:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def batch_of(plan: Plan) -> tuple[Any, ...]:
+# What an operator takes of a plan: its fields up to max_seqlen_k.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int]
+
+
+def batch_of(plan: Plan) -> Batch:
     """The fields as the operators take them."""
     return (plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length, plan.page_table, plan.sparse,
             plan.max_seqlen_q, plan.max_seqlen_k)

@@ -19,7 +19,7 @@ from infllm.checks import check_batch, check_config, check_qkv, check_tensors
 from infllm.columns import column_of
 from infllm.config import SparseConfig
 from infllm.ops import BATCH, OPTIONS, implement, library
-from infllm.plan import Plan
+from infllm.plan import Batch, Plan
 
 library.define("compress(Tensor k, Tensor cu_seqlens_k, Tensor kv_length, Tensor page_table, "
                "SymInt max_seqlen_k, int[] config, str backend) -> (Tensor, Tensor)")
@@ -192,23 +192,23 @@ def _pooled_as_given(config: Sequence[int]) -> tuple[int, ...]:
     return (*config[:7], 0, *config[8:])
 
 
-def _score_shape(q: Tensor, k: Tensor, *rest: Any) -> tuple[int, int, int]:
-    *batch, _, config, _ = rest
+def _score_shape(q: Tensor, k: Tensor, batch: Batch, config: Sequence[int],
+                 ) -> tuple[int, int, int]:
     numbers, _ = config_of(tuple(config))
     check_qkv(q, k, k)
-    check_batch(q, *batch, config=numbers)
+    check_batch(q, *batch, numbers)
     return k.shape[1], q.shape[0], numbers.blocks_in(batch[-1])
 
 
 def _fake_score(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(_score_shape(q, k, *rest), dtype=lse_type(q), device=q.device)
+    return torch.empty(_score_shape(q, k, rest[:7], rest[8]), dtype=lse_type(q), device=q.device)
 
 
 def _score(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_length: Tensor,
            page_table: Tensor, sparse: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
            scale: float, config: Sequence[int], backend: str) -> Tensor:
-    shape = _score_shape(q, k, cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse,
-                         max_seqlen_q, max_seqlen_k, scale, config, backend)
+    shape = _score_shape(q, k, (cu_seqlens_q, cu_seqlens_k, kv_length, page_table, sparse,
+                                max_seqlen_q, max_seqlen_k), config)
     column = column_of(q, backend)
     given = _pooled_as_given(config)
     _, native_config = config_of(given)

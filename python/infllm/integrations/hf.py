@@ -8,8 +8,8 @@
 
 Any model whose attention goes through transformers' AttentionInterface, causal and without sliding
 windows. Padding masks are followed, and so are packed sequences, told by position_ids that begin
-anew; once a forward pass that waits for the device. Sequences told by cu_seq_lens_q and the like are
-not waited for, and are the way to have packed ones under torch.compile.
+anew; once a forward pass that waits for the device. Sequences told by cu_seq_lens_q and the like
+are not waited for, and are the way to have packed ones under torch.compile.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm.attention import attention
+from infllm.attention import Options, attention
 from infllm.config import SparseConfig
 
 NAME = "infllm"
@@ -84,7 +84,7 @@ def attention_forward(
             raise NotImplementedError(f"{name} = {given}, expected {expected}: this attention does "
                                       "not do the other")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    options = {"sparse_config": sparse_config_of(module), "softmax_scale": scaling}
+    options: Options = {"sparse_config": sparse_config_of(module), "softmax_scale": scaling}
     starts = kwargs.get("cu_seq_lens_q")
     if starts is not None:
         out = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts,
@@ -140,8 +140,7 @@ def _packed(position_ids: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, 
     return found
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[str, Any],
-                  ) -> Tensor:
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> Tensor:
     """Takes padding out, attends, and leaves zeros in its place; waits for the device.
 
     Args:
@@ -151,12 +150,13 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict[s
     """
     keys = mask[:, :k.shape[1]]
     queries = keys[:, keys.shape[1] - q.shape[1]:]
-    starts = [torch.nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-              for m in (queries, keys)]
-    options = {name: x[queries if name == "q_score" else keys]
-               if name in ("q_score", "k_score") and x is not None else x
-               for name, x in options.items()}
-    packed = attention(q[queries], k[keys], v[keys], *starts, q.shape[1], k.shape[1], **options)
+    starts_q, starts_k = (torch.nn.functional.pad(m.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+                          for m in (queries, keys))
+    q_score, k_score = options.get("q_score"), options.get("k_score")
+    if q_score is not None and k_score is not None:
+        options = {**options, "q_score": q_score[queries], "k_score": k_score[keys]}
+    packed = attention(q[queries], k[keys], v[keys], starts_q, starts_k, q.shape[1], k.shape[1],
+                       **options)
     out = q.new_zeros(q.shape)
     out[queries] = packed
     return out

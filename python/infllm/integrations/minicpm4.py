@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm.attention import attention
+from infllm.attention import Options, attention
 from infllm.config import SparseConfig
 from infllm.integrations.hf import attend_padded
 
@@ -93,7 +93,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checked(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+def _checked(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """The module's ``apply_rotary_pos_emb``, if the module is one that we can stand in for."""
     name = type(module).__name__
     for attribute in _NUMBERS:
@@ -120,9 +120,9 @@ def _with_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     """Without a mask nothing is padding; the models insist on being told."""
     if len(args) > 1 or kwargs.get("attention_mask") is not None:
         return None
-    given = args[0] if args else kwargs.get("input_ids")
+    given: Any = args[0] if args else kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     held = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     mask = torch.ones(given.shape[0], held + given.shape[1], dtype=torch.long, device=given.device)
     return args, {**kwargs, "attention_mask": mask}
@@ -160,7 +160,7 @@ class _Step:
 
 
 def _forward(
-    self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None,
+    self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None, past_key_value: Any = None,
     output_attentions: bool = False, use_cache: bool = False, **kwargs: Any,
 ) -> tuple[Tensor, None, Any]:
@@ -190,14 +190,13 @@ def _forward(
     if past_key_value is not None:
         k, v = past_key_value.update(k, v, self.layer_idx, {"sin": sin, "cos": cos})
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    options = {"sparse_config": step.sparse_config, "backend": step.backend, **scores}
+    options: Options = {"sparse_config": step.sparse_config, "backend": step.backend, **scores}
     seen = step.padding(kwargs.get("padding_mask", attention_mask), k.shape[1])
     out = attention(q, k, v, **options) if seen is None else attend_padded(q, k, v, seen, options)
     return self.o_proj(out.reshape(batch, tokens, -1)), None, past_key_value
 
 
-def _before_rope(self: nn.Module, step: _Step, q: Tensor, k: Tensor, cache: Any,
-                 ) -> dict[str, Tensor]:
+def _before_rope(self: Any, step: _Step, q: Tensor, k: Tensor, cache: Any) -> Options:
     """Under use_nope, what scores the blocks; the remote code's cache keeps such keys too."""
     if step.sparse_config is None or not step.sparse_config.use_nope:
         return {}
