@@ -173,8 +173,8 @@ class Call:
         """The selection where nothing can be chosen."""
         return torch.empty((*self.rows, 0), dtype=torch.int32, device=self.device)
 
-    def describe(self, memory: Tensor, inputs: Sequence[Tensor | None],
-                 blocks: Tensor | None, out: Tensor | None, lse: Tensor | None, scale: float) -> Any:
+    def describe(self, memory: Tensor, inputs: Sequence[Tensor | None], blocks: Tensor | None,
+                 out: Tensor | None, lse: Tensor | None, scale: float) -> Any:
         """The native description of a forward pass; inputs are q, k, v, q_score and k_score."""
         q, k, v, q_score, k_score = map(address, inputs)
         pages = _native.KvPages(memory.data_ptr(), self.layout, self.page_bytes, self.pages)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,19 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+def capture(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the step, which has run once before, and what it will write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
 
 
 def test_nothing_waits(no_waiting: None) -> None:
@@ -62,14 +76,7 @@ def test_graph_capture_and_replay() -> None:
         out = infllm.attention(q, k, v, sparse_config=SMALL)
         return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     fresh = CASE.numbers(BF16, "cuda", seed=1)
     with torch.no_grad():
         for x, y in zip((q, k, v), fresh, strict=True):
@@ -110,14 +117,7 @@ def test_decoding_in_a_graph_follows_the_lengths() -> None:
         return infllm.attend_with_kvcache(one[0], cache, one[1], one[2], cache_seqlens=length,
                                           page_table=table)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = capture(step)
     whole = infllm.attention(q, k, v, sparse_config=SMALL)
     for i in range(steps):
         for x, y in zip(one, (q, k, v), strict=True):
