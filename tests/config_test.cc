@@ -367,7 +367,9 @@ TEST(ReadConfig, MessagesNameTheFolder) {
   std::filesystem::create_directories(folder);
   std::filesystem::remove(folder / "config.json");
   EXPECT_EQ(read_config(folder).status().code(), StatusCode::kNotFound);
-  EXPECT_THAT(read_config(folder).status().message(), HasSubstr("config.json"));
+  EXPECT_THAT(read_config(folder).status().message(), HasSubstr("no config.json is there"));
+  std::ofstream(folder / "model.gguf") << "GGUF";
+  EXPECT_THAT(read_config(folder).status().message(), HasSubstr("the weights are in model.gguf"));
   std::ofstream(folder / "config.json") << "{}";
   EXPECT_THAT(read_config(folder).status().message(), HasSubstr(folder.string()));
   EXPECT_THAT(read_config("openbmb/MiniCPM4-8B").status().message(),

@@ -357,6 +357,16 @@ TEST_F(CheckpointTest, FoldersWithoutSafetensors) {
                                HasSubstr("safe_serialization=True")));
 }
 
+TEST_F(CheckpointTest, PointersOfGitLfsAreNoFiles) {
+  write("model.safetensors", {{"a", {.shape = {1}}}});
+  write_file(folder_ / "tokenizer.model",
+             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n");
+  EXPECT_THAT(message(),
+              AllOf(HasSubstr((folder_ / "tokenizer.model").string()), HasSubstr("git lfs pull")));
+  write_file(folder_ / "tokenizer.model", "version");
+  EXPECT_EQ(message(), "accepted");
+}
+
 TEST(CheckpointFolder, OtherThingsThanFolders) {
   EXPECT_THAT(open_checkpoint("openbmb/MiniCPM4.1-8B").status().message(),
               HasSubstr("hf download openbmb/MiniCPM4.1-8B --local-dir MiniCPM4.1-8B"));

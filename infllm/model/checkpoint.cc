@@ -5,7 +5,9 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 #include <cctype>
+#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <system_error>
@@ -21,6 +23,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
+constexpr const char* kConfigFile = "config.json";
 constexpr const char* kSingleFile = "model.safetensors";
 constexpr const char* kIndexFile = "model.safetensors.index.json";
 constexpr std::size_t kMaxIndexBytes = std::size_t{64} << 20;
@@ -156,8 +159,16 @@ Status check_shard_place(const fs::path& folder, const std::string& shard) {
                                 folder.string(), shard, target.string()));
 }
 
+// What a clone without Git LFS has in place of its large files.
+bool is_lfs_pointer(const fs::path& path) {
+  constexpr std::string_view kBeginning = "version https://git-lfs.github.com/spec/";
+  std::array<char, kBeginning.size()> text{};
+  std::ifstream file(path, std::ios::binary);
+  return file.read(text.data(), text.size()) && std::ranges::equal(text, kBeginning);
+}
+
 // Why there is nothing to load: other formats, or nothing at all.
-Status nothing_to_load(const fs::path& folder) {
+Status nothing_to_load(const fs::path& folder, const std::string& missing) {
   std::error_code error;
   std::string other;
   for (const fs::directory_entry& entry : fs::directory_iterator(folder, error)) {
@@ -168,9 +179,7 @@ Status nothing_to_load(const fs::path& folder) {
   }
   if (other.empty()) {
     return not_found(
-        fmt::format("{}: neither {} nor {} is there; expected a Hugging Face "
-                    "checkpoint folder",
-                    folder.string(), kSingleFile, kIndexFile));
+        fmt::format("{}: {}; expected a Hugging Face checkpoint folder", folder.string(), missing));
   }
   return unsupported(fmt::format(
       "{}: the weights are in {}, expected {}; load the model with transformers and call "
@@ -209,7 +218,15 @@ Result<ShardMap> parse_shard_index(std::string_view json, std::string_view what)
 
 Status check_checkpoint_folder(const fs::path& folder) {
   std::error_code error;
-  if (fs::is_directory(folder, error)) return {};
+  if (fs::is_directory(folder, error)) {
+    for (const fs::directory_entry& entry : fs::directory_iterator(folder, error)) {
+      if (!entry.is_regular_file(error) || !is_lfs_pointer(entry.path())) continue;
+      return data_error(fmt::format(
+          "{}: a pointer of Git LFS in place of the file; get the files with `git lfs pull` there",
+          entry.path().string()));
+    }
+    return {};
+  }
   const std::string text = folder.string();
   if (fs::exists(folder, error)) {
     return invalid_argument(
@@ -225,6 +242,13 @@ Status check_checkpoint_folder(const fs::path& folder) {
   return not_found(fmt::format("{}: no such folder, expected a checkpoint", text));
 }
 
+Status check_config_file(const fs::path& folder) {
+  INFLLM_TRY(check_checkpoint_folder(folder));
+  std::error_code error;
+  if (fs::exists(folder / kConfigFile, error)) return {};
+  return nothing_to_load(folder, fmt::format("no {} is there", kConfigFile));
+}
+
 Result<std::unique_ptr<WeightSource>> open_checkpoint(const fs::path& folder) {
   INFLLM_TRY(check_checkpoint_folder(folder));
   std::error_code error;
@@ -233,7 +257,10 @@ Result<std::unique_ptr<WeightSource>> open_checkpoint(const fs::path& folder) {
     INFLLM_TRY(checkpoint->add(folder / kSingleFile));
     return std::unique_ptr<WeightSource>(std::move(checkpoint));
   }
-  if (!fs::exists(folder / kIndexFile, error)) return nothing_to_load(folder);
+  if (!fs::exists(folder / kIndexFile, error)) {
+    return nothing_to_load(folder,
+                           fmt::format("neither {} nor {} is there", kSingleFile, kIndexFile));
+  }
   const fs::path index_path = folder / kIndexFile;
   const MappedFile index_file = INFLLM_TRY(MappedFile::open(index_path));
   const ShardMap index = INFLLM_TRY(parse_shard_index(index_file.text(), index_path.string()));

@@ -27,8 +27,11 @@ namespace infllm::model {
 // like a hub id gets the command that downloads it; a folder with other formats only is told so.
 Result<std::unique_ptr<WeightSource>> open_checkpoint(const std::filesystem::path& folder);
 
-// That `folder` is a folder, or the message above. read_config and open_checkpoint call it.
+// That `folder` is a folder, or the message above, and that its files are there and not Git LFS's
+// pointers to them. Whoever reads one of its files calls it first.
 Status check_checkpoint_folder(const std::filesystem::path& folder);
+// The same, and that config.json is there; a folder with other formats only is told so.
+Status check_config_file(const std::filesystem::path& folder);
 
 // The weight_map of an index: (tensor, shard), sorted by tensor.
 using ShardMap = std::vector<std::pair<std::string, std::string>>;

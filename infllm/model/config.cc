@@ -242,7 +242,7 @@ Result<ModelConfig> parse_config(std::string_view json) {
 }
 
 Result<ModelConfig> read_config(const std::filesystem::path& folder) {
-  INFLLM_TRY(check_checkpoint_folder(folder));
+  INFLLM_TRY(check_config_file(folder));
   const MappedFile file = INFLLM_TRY(MappedFile::open(folder / kFile));
   Result<ModelConfig> config = parse_config(file.text());
   if (!config.ok()) return config.status().with_context(folder.string());
