@@ -142,7 +142,12 @@ TEST_F(CliTest, InvalidValues) {
                  "--top-p: \"1.5\", expected a number from 0 to 1");
   expect_refused({"run", kModel, "hi", "--temp", "warm"}, 2,
                  "--temp: \"warm\", expected a number from 0 to 100");
-  expect_refused({"bench", kModel, "-p", "many"}, 2, "expected a whole number of at least 0");
+  expect_refused({"bench", kModel, "-p", "many"}, 2, "\"many\", expected a whole number from 0 to");
+  expect_refused({"bench", kModel, "-p", "2000000000"}, 2, "from 0 to 1073741823");
+  expect_refused({"run", kModel, "hi", "--temp", "nan"}, 2, "\"nan\", expected a number from 0");
+  expect_refused({"run", kModel, "hi", "--seed", "-1"}, 2, "--seed: \"-1\", expected a whole");
+  expect_refused({"run", kModel, "hi", "--window-size", "64", "--block-window-size", "1"}, 2,
+                 "--window-size excludes --block-window-size");
   expect_refused({"bench", kModel, "--jsonl", "/nowhere/x"}, 1, "/nowhere/x: cannot be written");
   expect_refused({"run", kModel, "hi", "--dtype", "float7"}, 2, "float7");
   expect_refused({"run", kModel, "hi", "--dtype", "int8:x"}, 2, "int8:32");
@@ -154,6 +159,36 @@ TEST_F(CliTest, InvalidValues) {
   expect_refused({"tokenize", kModel, "--decode", "5 x"}, 2, "x");
 }
 
+// An option is taken by the commands that do something with it, and by no others.
+TEST_F(CliTest, NoOptionIsIgnored) {
+  expect_refused({"bench", kModel, "--ctx-size", "64"}, 2, "no option --ctx-size");
+  expect_refused({"inspect", kModel, "--ctx-size", "64"}, 2, "no option --ctx-size");
+  expect_refused({"inspect", kModel, "--no-perf"}, 2, "no option --no-perf");
+  expect_refused({"chat", kModel, "--json"}, 2, "no option --json");
+  expect_refused({"tokenize", kModel, "hi", "--no-perf"}, 2, "no option --no-perf");
+  const auto cache_bytes = [this](const std::string& type) {
+    const Outcome outcome = run({"bench", kModel, "-p", "0", "-n", "2", "-r", "1", "--attention",
+                                 "dense", "-o", "json", "--kv-dtype", type});
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    const nlohmann::json row = nlohmann::json::parse(outcome.out)[0];
+    return row["cache_gbps"].get<double>() * row["ms"].get<double>();
+  };
+  EXPECT_NEAR(cache_bytes("float32") / cache_bytes("bfloat16"), 2, 1e-9);
+}
+
+TEST_F(CliTest, WhereTheAnswerCannotBeWritten) {
+  fs::create_symlink("/dev/full", folder_ / "out");
+  for (const std::vector<std::string>& arguments :
+       {std::vector<std::string>{"run", kModel, "hi", "-n", "2"},
+        {"inspect", kModel},
+        {"--help"}}) {
+    int status = 0;
+    waitpid(start(arguments, ""), &status, 0);
+    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 1) << arguments[0];
+    EXPECT_EQ(read(folder_ / "err"), "error: standard output: No space left on device\n");
+  }
+}
+
 TEST_F(CliTest, Prompts) {
   expect_refused({"run", kModel, "-f", "/nowhere/x.txt"}, 1, "/nowhere/x.txt");
   expect_refused({"run", kModel, "-f", "/tmp"}, 2, "folder");
@@ -161,6 +196,7 @@ TEST_F(CliTest, Prompts) {
   expect_refused({"run", kModel, "-f", write("nothing", "\n")}, 2, "nothing: the text is empty");
   expect_refused({"run", kModel}, 2, "empty", "  \n");
   expect_refused({"run", kModel, "--document", kModel + "/config.json"}, 2, "--question");
+  expect_refused({"run", kModel, "--document", "", "--question", "Who?"}, 2, "names no file");
   expect_refused({"run", kModel, "hi", "-f", "x"}, 2, "twice");
   expect_refused({"run", kModel, "--ctx-size", "20", "-"}, 2, "--ctx-size",
                  "one two three four five six seven eight nine ten eleven twelve thirteen");
@@ -295,10 +331,11 @@ TEST_F(CliTest, BenchFormats) {
 
 TEST_F(CliTest, EvalCountsRightAnswers) {
   const std::string prompt_document = "The pass code of grey fox is 48213.";
-  const nlohmann::json answer =
-      nlohmann::json::parse(run({"run", kModel, "--document", write("d.txt", prompt_document),
-                                 "--question", "Which?", "--temp", "0", "-n", "10", "--json"})
-                                .out);
+  const std::string system = "The pass code of grey fox is 77777.";  // which changes the answer
+  const nlohmann::json answer = nlohmann::json::parse(
+      run({"run", kModel, "--document", write("d.txt", prompt_document), "--question", "Which?",
+           "--temp", "0", "-n", "10", "--system", system, "--json"})
+          .out);
   nlohmann::json sample = {
       {"id", "a"},
       {"length", 64},
@@ -308,7 +345,8 @@ TEST_F(CliTest, EvalCountsRightAnswers) {
         {{"task", "wrong"}, {"question", "Which?"}, {"answer", "no model says this"}}}}};
   const fs::path samples = write("samples.jsonl", sample.dump() + "\n\n");
   const fs::path records = folder_ / "records.jsonl";
-  const Outcome outcome = run({"eval", kModel, samples, "-n", "10", "--jsonl", records});
+  const Outcome outcome =
+      run({"eval", kModel, samples, "-n", "10", "--system", system, "--jsonl", records});
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   EXPECT_THAT(outcome.out, HasSubstr("| echo | 64 | 100.0% (1/1)"));
   EXPECT_THAT(outcome.out, HasSubstr("| wrong | 64 | 0.0% (0/1)"));

@@ -23,8 +23,8 @@ double cache_bytes(const model::ModelConfig& config, DType dtype,
          static_cast<double>(size_of(dtype)) * config.layers;
 }
 
-BenchRow measure_row(const Session& session, const BenchTest& test, std::string attention,
-                     const std::vector<BenchRun>& runs) {
+BenchRow measure_row(const Session& session, DType kv_dtype, const BenchTest& test,
+                     std::string attention, const std::vector<BenchRun>& runs) {
   BenchRow row{.test = test, .attention = std::move(attention)};
   const std::int32_t tokens = test.tokens();
   std::vector<double> rates, milliseconds;
@@ -43,9 +43,7 @@ BenchRow measure_row(const Session& session, const BenchTest& test, std::string 
     const double seconds = row.milliseconds.median / 1e3;
     row.weight_gbps =
         static_cast<double>(session.model->weights().decode_bytes()) * tokens / seconds / 1e9;
-    row.cache_gbps =
-        cache_bytes(session.config(), session.model->kv_dtype(), runs.front().visible) / seconds /
-        1e9;
+    row.cache_gbps = cache_bytes(session.config(), kv_dtype, runs.front().visible) / seconds / 1e9;
   }
   return row;
 }
@@ -66,7 +64,7 @@ Result<BenchRow> run_test(BenchRunner& runner, const Session& session, const Ben
     if (i >= 0) runs.push_back(run);
     tick();
   }
-  BenchRow row = measure_row(session, test, attention, runs);
+  BenchRow row = measure_row(session, runner.kv_dtype(), test, attention, runs);
   row.repeat = options.repeat;
   row.filled = options.fill && test.depth > 0;
   if (test.prompt > 0 && row.is_sparse) row.overlap = INFLLM_TRY(runner.overlap());
@@ -91,15 +89,21 @@ std::vector<BenchTest> list_tests(const BenchOptions& options) {
   return tests;
 }
 
+// Tokens that a cache for all of them holds.
+std::int32_t context_of(const std::vector<BenchTest>& tests) {
+  std::int32_t context = 0;
+  for (const BenchTest& test : tests) context = std::max(context, test.depth + test.tokens());
+  return context;
+}
+
 // All tests under one kind of attention, so that one cache serves them.
 Status run_tests(const Session& session, const Options& options, const std::string& attention,
                  std::vector<BenchRow>& rows, Progress& bar, std::int64_t& done) {
   const std::vector<BenchTest> tests = list_tests(options.bench);
-  std::int32_t context = 0;
-  for (const BenchTest& test : tests) context = std::max(context, test.depth + test.tokens());
   BenchRunner runner = INFLLM_TRY(
-      BenchRunner::create(*session.model, {.context = context,
+      BenchRunner::create(*session.model, {.context = context_of(tests),
                                            .chunk_tokens = options.model.chunk_tokens,
+                                           .kv_dtype = parse_kv_dtype(options.model.kv_dtype),
                                            .dense = attention == "dense",
                                            .repeat = options.bench.repeat,
                                            .fill = options.bench.fill,
@@ -125,7 +129,7 @@ Status bench(const Options& options) {
   }
   const std::unique_ptr<Session> session =
       INFLLM_TRY(open_session(options.model, options.bench.synthetic));
-  print_effective_values(*session, options.model);
+  print_effective_values(*session, options.model, context_of(tests));
   std::ranges::sort(modes);  // dense first: the peer of the sparse row
   if (!session->config().sparse) std::erase(modes, "sparse");
   if (modes.empty()) {
@@ -143,10 +147,7 @@ Status bench(const Options& options) {
   }
   bar.finish();
 
-  if (!write_stdout(bench_text(*session, rows, options.bench.output))) {
-    return io_error("standard output is closed");
-  }
-  return {};
+  return write_stdout(bench_text(*session, rows, options.bench.output));
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ Result<BenchRunner> BenchRunner::create(const model::Model& model, const Options
     options.chunk_tokens = engine::default_chunk_tokens(model.backend());
   }
   options.chunk_tokens = std::min(options.chunk_tokens, options.context);
-  KvLayout layout = model.kv_layout();
+  KvLayout layout = model.config().kv_layout(options.kv_dtype.value_or(model.kv_dtype()));
   if (options.dense) layout.pooled_keys = false;
   const auto pages = static_cast<std::int32_t>(layout.config.blocks_in(options.context));
   const model::StepLimits limits{.max_tokens = options.chunk_tokens,

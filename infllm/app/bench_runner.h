@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "infllm/engine/kv_pool.h"
@@ -32,6 +33,7 @@ class BenchRunner {
   struct Options {
     std::int32_t context = 0;
     std::int32_t chunk_tokens = 0;  // 0: engine::default_chunk_tokens()
+    std::optional<DType> kv_dtype;  // null: the model's choice
     bool dense = false;
     std::int32_t repeat = 1;  // times that each token comes in a row
     bool fill = false;        // start() makes up keys and values too, instead of computing them
@@ -50,6 +52,8 @@ class BenchRunner {
   // neighbours_overlap() (ops/overlap.h) of the last tokens in the cache, which are computed once
   // more: the mean of all layers.
   Result<double> overlap();
+
+  DType kv_dtype() const { return pool_.layout().dtype; }
 
  private:
   BenchRunner(const model::Model& model, const Options& options, engine::KvPool pool,

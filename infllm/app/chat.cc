@@ -76,10 +76,10 @@ class Chat {
       bar.update(done);
       if (done == total) bar.finish();
     };
-    bool has_reader = true;
-    request.on_text = [&has_reader](std::string_view text) {
-      has_reader = has_reader && write_stdout(text);
-      if (!has_reader) interrupted() = true;
+    Status written;
+    request.on_text = [&written](std::string_view text) {
+      if (written.ok()) written = write_stdout(text);
+      if (!written.ok()) interrupted() = true;
     };
     const Result<engine::Completion> answer = engine_.generate(std::move(request));
     bar.finish();
@@ -89,9 +89,10 @@ class Chat {
       return {};
     }
     if (!answer.ok()) return answer.status();
-    if (!has_reader || !write_stdout("\n")) return io_error("standard output is closed");
+    INFLLM_TRY(written);
+    INFLLM_TRY(write_stdout("\n"));
     messages_.push_back({"assistant", answer->text});
-    if (options_.perf && options_.model.verbose) print_timings(session_, *answer);
+    if (options_.model.verbose) print_timings(session_, *answer);
     return {};
   }
 
@@ -104,7 +105,7 @@ class Chat {
 
 Status chat(const Options& options) {
   const std::unique_ptr<Session> session = INFLLM_TRY(open_session(options.model));
-  print_effective_values(*session, options.model);
+  print_effective_values(*session, options.model, context_tokens(*session, options.model));
   const Prompter prompter = INFLLM_TRY(Prompter::create(*session, options.prompt));
   const std::unique_ptr<engine::Engine> engine = INFLLM_TRY(open_engine(*session, options.model));
   if (isatty(STDIN_FILENO) == 1) {

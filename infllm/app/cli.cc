@@ -20,19 +20,18 @@ namespace {
 
 constexpr std::int32_t kMaxTokens = std::numeric_limits<std::int32_t>::max() / 2;
 
-// A number from `low` to `high`, where numbers beyond are refused for a reason.
+// A number from `low` to `high`.
 template <typename Number>
 CLI::Validator between(Number low, Number high) {
   const auto check = [low, high](const std::string& text) {
     Number value{};
-    if (CLI::detail::lexical_cast(text, value) && low <= value && value <= high) {
+    const bool is_signed = text.starts_with('-');  // CLI11 would wrap it around
+    if (CLI::detail::lexical_cast(text, value) && low <= value && value <= high &&
+        (std::is_signed_v<Number> || !is_signed)) {
       return std::string();
     }
     const std::string kind = std::is_integral_v<Number> ? "whole number" : "number";
-    const bool has_end = high < static_cast<Number>(kMaxTokens);
-    return fmt::format(
-        "\"{}\", expected a {} {}", text, kind,
-        has_end ? fmt::format("from {} to {}", low, high) : fmt::format("of at least {}", low));
+    return fmt::format("\"{}\", expected a {} from {} to {}", text, kind, low, high);
   };
   return {check, "", ""};
 }
@@ -54,8 +53,10 @@ void add_sparse_options(CLI::App* app, SparseOptions& sparse) {
   option(app, "--sparse", sparse.mode)->check(CLI::IsMember({"auto", "on", "off"}));
   option(app, "--dense-len,--sparse-switch", sparse.dense_len)->check(between(-1, kMaxTokens));
   option(app, "--topk,--sparse-topk-k", sparse.topk)->check(kNatural);
-  option(app, "--window-size", sparse.window_size)->check(kNatural);
-  option(app, "--block-window-size", sparse.window_blocks)->check(between(0, 1 << 20));
+  CLI::Option* window = option(app, "--window-size", sparse.window_size)->check(kNatural);
+  option(app, "--block-window-size", sparse.window_blocks)
+      ->check(between(0, 1 << 20))
+      ->excludes(window);
   option(app, "--init-blocks,--sink-window-size", sparse.init_blocks)->check(kNatural);
   option(app, "--kernel-size", sparse.kernel_size)->check(kPositive);
   option(app, "--kernel-stride", sparse.kernel_stride)->check(kPositive);
@@ -73,11 +74,17 @@ void add_model_options(CLI::App* app, ModelOptions& model) {
   option(app, "--dtype", model.dtype);
   option(app, "--kv-dtype", model.kv_dtype)
       ->check(CLI::IsMember({"auto", "float32", "f32", "bfloat16", "bf16"}));
-  option(app, "-c,--ctx-size,--max-model-len,--context-length", model.context)->check(kNatural);
   option(app, "--chunk-size,--chunk-length,--max-num-batched-tokens", model.chunk_tokens)
       ->check(between(1, 1 << 20));
-  app->add_flag("-v,--verbose", model.verbose);
   add_sparse_options(app, model.sparse);
+}
+
+void add_context_option(CLI::App* app, ModelOptions& model) {
+  option(app, "-c,--ctx-size,--max-model-len,--context-length", model.context)->check(kNatural);
+}
+
+void add_verbose_option(CLI::App* app, ModelOptions& model) {
+  app->add_flag("-v,--verbose", model.verbose);
 }
 
 void add_sampling_options(CLI::App* app, SamplingOptions& sampling) {
@@ -89,7 +96,8 @@ void add_sampling_options(CLI::App* app, SamplingOptions& sampling) {
       ->check(between(0.01, 100.0));
   option(app, "--presence-penalty", sampling.presence_penalty)->check(between(-100.0, 100.0));
   option(app, "--frequency-penalty", sampling.frequency_penalty)->check(between(-100.0, 100.0));
-  option(app, "-s,--seed,--random-seed", sampling.seed);
+  option(app, "-s,--seed,--random-seed", sampling.seed)
+      ->check(between<std::uint64_t>(0, std::numeric_limits<std::uint64_t>::max()));
   option(app, "-n,--max-tokens,--predict,--num-generate", sampling.max_tokens)
       ->check(between(-1, kMaxTokens))
       ->check([](const std::string& text) {
@@ -106,13 +114,10 @@ void add_template_options(CLI::App* app, PromptOptions& prompt) {
   app->add_flag_callback("--no-thinking", [&prompt] { prompt.enable_thinking = false; });
 }
 
-void add_output_options(CLI::App* app, Options& options) {
-  app->add_flag("--json", options.json);
-  app->add_flag_callback("--no-perf", [&options] { options.perf = false; });
-}
-
 void add_run(CLI::App* app, Options& options) {
   add_model_options(app, options.model);
+  add_context_option(app, options.model);
+  add_verbose_option(app, options.model);
   app->add_option("prompt,-p,--prompt", options.prompt.text);
   CLI::Option* file = app->add_option("-f,--file", options.prompt.file);
   CLI::Option* document = app->add_option("--document", options.prompt.document);
@@ -122,19 +127,22 @@ void add_run(CLI::App* app, Options& options) {
   app->add_flag_callback("--no-chat", [&options] { options.prompt.chat = false; });
   add_template_options(app, options.prompt);
   add_sampling_options(app, options.sampling);
-  add_output_options(app, options);
+  app->add_flag("--json", options.json);
+  app->add_flag_callback("--no-perf", [&options] { options.perf = false; });
 }
 
 void add_chat(CLI::App* app, Options& options) {
   add_model_options(app, options.model);
+  add_context_option(app, options.model);
+  add_verbose_option(app, options.model);
   add_template_options(app, options.prompt);
   add_sampling_options(app, options.sampling);
-  add_output_options(app, options);
 }
 
 void add_bench(CLI::App* app, Options& options) {
   BenchOptions& bench = options.bench;
   add_model_options(app, options.model);
+  add_verbose_option(app, options.model);
   option(app, "-p,--n-prompt", bench.prompt_tokens)
       ->delimiter(',')
       ->allow_extra_args(false)
@@ -165,7 +173,7 @@ void add_inspect(CLI::App* app, Options& options) {
       ->allow_extra_args(false)
       ->check(kPositive);
   option(app, "--synthetic", options.bench.synthetic)->check(CLI::IsMember(model::named_configs()));
-  add_output_options(app, options);
+  app->add_flag("--json", options.json);
 }
 
 void add_tokenize(CLI::App* app, Options& options) {
@@ -175,11 +183,14 @@ void add_tokenize(CLI::App* app, Options& options) {
   app->add_flag("--decode", options.decode);
   app->add_flag("--count", options.count_only);
   app->add_flag_callback("--no-special", [&options] { options.prompt.chat = false; });
-  add_output_options(app, options);
+  app->add_flag("--json", options.json);
 }
 
 void add_eval(CLI::App* app, Options& options) {
   add_model_options(app, options.model);
+  add_context_option(app, options.model);
+  add_verbose_option(app, options.model);
+  add_template_options(app, options.prompt);
   app->add_option("samples,--samples", options.eval.samples);
   option(app, "--attention", options.eval.attention);
   option(app, "--jsonl", options.eval.jsonl_file);
@@ -205,6 +216,9 @@ std::string find_conflict(const Options& options) {
   }
   if (!prompt.document.empty() && !prompt.text.empty()) {
     return "--document takes its prompt from --question; leave out the other prompt";
+  }
+  if (prompt.document.empty() && !prompt.question.empty()) {
+    return "--document names no file";
   }
   if (!prompt.document.empty() && !prompt.chat) {
     return "--document asks through the chat template; leave out --no-chat";

@@ -84,12 +84,10 @@ class Evaluation {
     }
     const auto sequences = static_cast<std::int32_t>(
         std::min(together, static_cast<std::size_t>(options_.eval.parallel)));
-    const std::int32_t context =
-        options_.model.context > 0 ? options_.model.context : session_.config().max_positions;
     const std::int64_t each =
         static_cast<std::int64_t>(longest) + options_.sampling.max_tokens + kSpareCache;
     return {.max_sequences = sequences,
-            .cache_tokens = context + (sequences - 1) * each,
+            .cache_tokens = context_tokens(session_, options_.model) + (sequences - 1) * each,
             .dense = mode == "dense"};
   }
 
@@ -187,7 +185,7 @@ Status eval(const Options& given) {
     INFLLM_TRY(append_records(given.eval.jsonl_file, {}));  // told before the work
   }
   const std::unique_ptr<Session> session = INFLLM_TRY(open_session(given.model));
-  print_effective_values(*session, given.model);
+  print_effective_values(*session, given.model, context_tokens(*session, given.model));
   if (std::ranges::count(modes, "sparse") > 0 && !session->config().sparse) {
     return invalid_argument("this model has no sparse attention; add --sparse on");
   }
@@ -207,11 +205,10 @@ Status eval(const Options& given) {
   for (const std::string& mode : modes) INFLLM_TRY(evaluation.run(samples, mode, bar));
   bar.finish();
 
-  if (!write_stdout(table(evaluation.scores(), modes))) {
-    return io_error("standard output is closed");
+  if (!options.eval.jsonl_file.empty()) {  // first: the reader of the table may have gone
+    INFLLM_TRY(append_records(options.eval.jsonl_file, records(*session, evaluation.scores())));
   }
-  if (options.eval.jsonl_file.empty()) return {};
-  return append_records(options.eval.jsonl_file, records(*session, evaluation.scores()));
+  return write_stdout(table(evaluation.scores(), modes));
 }
 
 }  // namespace

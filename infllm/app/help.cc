@@ -25,17 +25,25 @@ from `--config FILE` (TOML or INI, a section per command). The command line wins
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 )";
 
-constexpr char kModelHelp[] = R"(
-Model and device
+constexpr char kModelHelp[] = R"(Model and device
   -m, --model DIR          the checkpoint folder, when it is not the first argument
   --device NAME            auto, cuda, cuda:1, cpu, cpu:avx2, ..., reference (default auto)
   -t, --threads N          0: one per hardware thread (default)
   --dtype TYPE             weights: auto, float32, bfloat16, int8, int8:GROUP
   --kv-dtype TYPE          cache: auto, float32, bfloat16
-  -c, --ctx-size N         tokens of prompt and answer together (default: the model's)
   --chunk-size N           prompt tokens computed at once (default 512, on a GPU 8192)
-  -v, --verbose            print the values in effect
-Sparse attention (also --sparse-switch, --sparse-topk-k, --sink-window-size, --use-compress-lse)
+)";
+
+constexpr char kContextHelp[] =
+    R"(  -c, --ctx-size N         tokens of prompt and answer together (default: the model's)
+)";
+
+constexpr char kVerboseHelp[] =
+    R"(  -v, --verbose            print the values in effect
+)";
+
+constexpr char kSparseHelp[] =
+    R"(Sparse attention (also --sparse-switch, --sparse-topk-k, --sink-window-size, --use-compress-lse)
   --sparse auto|on|off     as the checkpoint says, also without its consent, never
   --dense-len N            sparse from N tokens on; -1 always
   --topk N  --window-size TOKENS  --block-window-size BLOCKS  --init-blocks N
@@ -77,8 +85,9 @@ constexpr char kChatHelp[] =
 
   --system TEXT            system message
   --enable-thinking, --no-thinking  the chat template's switch
-  --no-perf                no timing lines on stderr
-In the conversation: /clear forgets it, /exit leaves, /help shows the commands.
+In the conversation: /clear forgets it, /exit leaves, /help shows the commands. With -v, each answer's
+times follow it.
+
 )";
 
 constexpr char kBenchHelp[] =
@@ -101,6 +110,7 @@ constexpr char kBenchHelp[] =
                            minute for a million tokens of an 8B model; -n is as fast behind either
   --no-warmup              measure from the first run
   --no-steps               on a GPU: without the further run that tells the time of each step
+
 )";
 
 constexpr char kInspectHelp[] =
@@ -112,6 +122,7 @@ constexpr char kInspectHelp[] =
   -l, --lengths N,...      lengths at which to state memory
   --synthetic SHAPE        a named shape instead of a checkpoint
   --json                   one JSON object on stdout
+
 )";
 
 constexpr char kTokenizeHelp[] =
@@ -137,24 +148,30 @@ constexpr char kEvalHelp[] =
 SAMPLES has one JSON object a line:
   {"id": .., "length": 4096, "document": "..",
    "questions": [{"task": "..", "question": "..", "answer": ".."}]}
-A document is read once for all its questions, which are then asked together.
+A document is read once for all its questions, which are then asked together. With -v, wrong answers
+are printed.
 
   --attention LIST         modes to score (default dense,sparse)
   --limit N                only the first N documents
   --parallel N             questions of a document asked at a time (default 16)
   -n, --max-tokens N       longest answer (default: the longest expected one and some more)
   --jsonl FILE             append one record per task, length and mode
+  --system TEXT            system message
+  --enable-thinking, --no-thinking  the chat template's switch
+
 )";
 
 }  // namespace
 
 std::string help_text(const std::string& command) {
-  if (command == "run") return std::string(kRunHelp) + kSamplingHelp + (kModelHelp + 1);
-  if (command == "chat") return std::string(kChatHelp) + "\n" + kSamplingHelp + (kModelHelp + 1);
-  if (command == "bench") return std::string(kBenchHelp) + kModelHelp;
-  if (command == "inspect") return std::string(kInspectHelp) + kModelHelp;
+  const std::string bench = std::string(kModelHelp) + kVerboseHelp + kSparseHelp;
+  const std::string answers = std::string(kModelHelp) + kContextHelp + kVerboseHelp + kSparseHelp;
+  if (command == "run") return kRunHelp + (kSamplingHelp + answers);
+  if (command == "chat") return kChatHelp + (kSamplingHelp + answers);
+  if (command == "bench") return kBenchHelp + bench;
+  if (command == "inspect") return std::string(kInspectHelp) + kModelHelp + kSparseHelp;
   if (command == "tokenize") return kTokenizeHelp;
-  if (command == "eval") return std::string(kEvalHelp) + kModelHelp;
+  if (command == "eval") return kEvalHelp + answers;
   return kOverview;
 }
 

@@ -196,9 +196,9 @@ std::string as_text(const Findings& f) {
 int inspect_command(const Options& options) {
   const Result<Findings> findings = find(options);
   if (!findings.ok()) return report_failure(findings.status());
-  const bool written =
+  const Status written =
       write_stdout(options.json ? dump(as_json(*findings), 2) + "\n" : as_text(*findings));
-  return written ? kExitOk : report_failure(io_error("standard output is closed"));
+  return written.ok() ? kExitOk : report_failure(written);
 }
 
 }  // namespace infllm::app

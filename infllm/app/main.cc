@@ -4,6 +4,7 @@
 
 #include "infllm/app/cli.h"
 #include "infllm/app/commands.h"
+#include "infllm/app/report.h"
 #include "infllm/app/signals.h"
 
 namespace infllm::app {
@@ -35,11 +36,15 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   using namespace infllm::app;
   std::setlocale(LC_CTYPE, "");  // line editing counts characters; numbers stay as they are
+  install_signal_handlers();
   const Parsed parsed = parse_command_line(argc, argv);
+  if (parsed.exit_code == kExitOk) {
+    const infllm::Status written = write_stdout(parsed.text);
+    return written.ok() ? kExitOk : report_failure(written);
+  }
   if (parsed.exit_code) {
-    std::fputs(parsed.text.c_str(), *parsed.exit_code == kExitOk ? stdout : stderr);
+    std::fputs(parsed.text.c_str(), stderr);
     return *parsed.exit_code;
   }
-  install_signal_handlers();
   return run(parsed.options);
 }

@@ -50,9 +50,10 @@ Result<std::string> read_text(const PromptOptions& options) {
     text = INFLLM_TRY(read_file("-"));
   }
   if (is_blank(text)) {
-    return invalid_argument(options.file.empty() || options.file == "-"
-                                ? "the text is empty"
-                                : fmt::format("{}: the text is empty", options.file));
+    return invalid_argument(
+        options.file.empty() || options.file == "-"
+            ? "the text is empty; pass it as an argument, with --file or on stdin"
+            : fmt::format("{}: the text is empty", options.file));
   }
   return text;
 }

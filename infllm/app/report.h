@@ -21,8 +21,8 @@ nlohmann::json times_json(const model::ForwardTimes& times);
 // "error: ..." on stderr, and the exit code that goes with it.
 int report_failure(const Status& status);
 
-// Writes a text to stdout at once; false when nobody reads it any more.
-bool write_stdout(std::string_view text);
+// Writes a text to stdout at once; kIoError when nobody reads it any more, or the disk is full.
+Status write_stdout(std::string_view text);
 
 // JSON as text, with invalid UTF-8 (none is expected) replaced rather than thrown about.
 std::string dump(const nlohmann::json& json, int indent = -1);

@@ -17,7 +17,7 @@ namespace {
 Result<engine::Completion> answer(const Options& options, std::unique_ptr<Session>& session) {
   const std::string message = INFLLM_TRY(read_message(options.prompt));
   session = INFLLM_TRY(open_session(options.model));
-  print_effective_values(*session, options.model);
+  print_effective_values(*session, options.model, context_tokens(*session, options.model));
   const Prompter prompter = INFLLM_TRY(Prompter::create(*session, options.prompt));
 
   engine::Request request = INFLLM_TRY(base_request(*session, options));
@@ -32,17 +32,17 @@ Result<engine::Completion> answer(const Options& options, std::unique_ptr<Sessio
     bar.update(done);
     if (done == total) bar.finish();
   };
-  bool has_reader = true;
+  Status written;
   if (!options.json) {
-    request.on_text = [&has_reader](std::string_view text) {
-      has_reader = has_reader && write_stdout(text);
-      if (!has_reader) interrupted() = true;  // nobody reads: stop writing
+    request.on_text = [&written](std::string_view text) {
+      if (written.ok()) written = write_stdout(text);
+      if (!written.ok()) interrupted() = true;  // nobody reads: stop writing
     };
   }
   bar.update(0);
   engine::Completion completion = INFLLM_TRY(engine->generate(std::move(request)));
   bar.finish();
-  if (!has_reader) return io_error("standard output is closed");
+  INFLLM_TRY(written);
   return completion;
 }
 
@@ -54,7 +54,8 @@ int run_command(const Options& options) {
   if (!completion.ok()) return report_failure(completion.status());
   const std::string last =
       options.json ? dump(completion_json(*session, *completion), 2) + "\n" : "\n";
-  if (!write_stdout(last)) return report_failure(io_error("standard output is closed"));
+  const Status written = write_stdout(last);
+  if (!written.ok()) return report_failure(written);
   if (options.perf && !options.json) print_timings(*session, *completion);
   return completion->reason == engine::FinishReason::kCancelled ? kExitInterrupted : kExitOk;
 }

@@ -152,10 +152,14 @@ Result<std::unique_ptr<Session>> open_session(const ModelOptions& options,
   return session;
 }
 
+std::int32_t context_tokens(const Session& session, const ModelOptions& options) {
+  return options.context > 0 ? options.context : session.config().max_positions;
+}
+
 Result<std::unique_ptr<engine::Engine>> open_engine(const Session& session,
                                                     const ModelOptions& options,
                                                     engine::EngineOptions wanted) {
-  const std::int32_t limit = options.context > 0 ? options.context : session.config().max_positions;
+  const std::int32_t limit = context_tokens(session, options);
   wanted.context = wanted.context > 0 ? std::min(wanted.context, limit) : limit;
   wanted.chunk_tokens = chunk_tokens(session.backend, options);
   wanted.kv_dtype = parse_kv_dtype(options.kv_dtype);
@@ -174,15 +178,15 @@ std::string attention_text(const model::ModelConfig& config) {
                      sparse.local_blocks(), std::max(0, sparse.budget_blocks() - forced));
 }
 
-void print_effective_values(const Session& session, const ModelOptions& options) {
+void print_effective_values(const Session& session, const ModelOptions& options,
+                            std::int32_t context) {
   if (!options.verbose) return;
   const model::ModelConfig& config = session.config();
   fmt::print(stderr, "model       {} ({}, {} layers, {:.1f} M parameters, {} weights)\n",
              session.name, model::name_of(config.architecture), config.layers,
              static_cast<double>(config.parameters()) / 1e6, session.dtype);
   fmt::print(stderr, "device      {}\n", device_text(session.backend));
-  fmt::print(stderr, "context     {} tokens, chunks of {}, cache in {}\n",
-             options.context > 0 ? options.context : config.max_positions,
+  fmt::print(stderr, "context     {} tokens, chunks of {}, cache in {}\n", context,
              chunk_tokens(session.backend, options),
              name_of(parse_kv_dtype(options.kv_dtype).value_or(session.model->kv_dtype())));
   fmt::print(stderr, "attention   {}\n", attention_text(config));

@@ -45,8 +45,11 @@ Result<model::ModelConfig> open_config(const ModelOptions& options, const std::s
 Result<std::unique_ptr<Session>> open_session(const ModelOptions& options,
                                               const std::string& synthetic = "");
 
+// Tokens of prompt and answer together: the option, or what the model was made for.
+std::int32_t context_tokens(const Session& session, const ModelOptions& options);
+
 // The engine for this session: `wanted` with what the command line says filled in. A context of 0
-// is the options' or the model's, a larger one than that is cut down to it.
+// is context_tokens(), a larger one than that is cut down to it.
 Result<std::unique_ptr<engine::Engine>> open_engine(const Session& session,
                                                     const ModelOptions& options,
                                                     engine::EngineOptions wanted = {});
@@ -55,8 +58,9 @@ Result<std::unique_ptr<engine::Engine>> open_engine(const Session& session,
 std::string attention_text(const model::ModelConfig& config);
 // "cpu:avx2 (8 threads)", "cuda:0:sm90 (NVIDIA H200, 138.2 GiB of 139.8 GiB free)".
 std::string device_text(const Backend& backend);
-// The values in effect, on stderr, with --verbose.
-void print_effective_values(const Session& session, const ModelOptions& options);
+// The values in effect, on stderr, with --verbose; the cache will hold `context` tokens.
+void print_effective_values(const Session& session, const ModelOptions& options,
+                            std::int32_t context);
 
 // Prompt tokens of a step: the option, or the device's default.
 std::int32_t chunk_tokens(const Backend& backend, const ModelOptions& options);

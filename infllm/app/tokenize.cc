@@ -67,8 +67,7 @@ Status tokenize(const Options& options) {
   } else {
     out = fmt::format("{}", fmt::join(ids, " "));
   }
-  if (!write_stdout(out + "\n")) return io_error("standard output is closed");
-  return {};
+  return write_stdout(out + "\n");
 }
 
 }  // namespace
