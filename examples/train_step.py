@@ -24,7 +24,7 @@ def main(steps: int = 10) -> list[float]:
     losses = []
     for _ in range(steps):
         q, k, v = project(x).unflatten(-1, (8, 64)).split([4, 2, 2], dim=1)
-        out = infllm.attention(q, k, v, plan=plan, sparse_config=config)
+        out = infllm.attention(q, k, v, plan=plan)
         loss = (combine(out.flatten(1)) - target).float().square().mean()
         optimizer.zero_grad()
         loss.backward()

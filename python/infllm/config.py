@@ -81,7 +81,9 @@ class SparseConfig:
 
     def columns(self, max_seqlen_k: int) -> int:
         """Columns of a selection over sequences of at most ``max_seqlen_k`` keys."""
-        return min(self.budget_blocks, self.blocks_in(max_seqlen_k))
+        blocks = self.blocks_in(max_seqlen_k)
+        # Not min(): torch.compile and torch.export then know the number.
+        return blocks if blocks < self.budget_blocks else self.budget_blocks
 
     def is_sparse_at(self, length: int) -> bool:
         """Whether a sequence of ``length`` keys attends to selected blocks only."""

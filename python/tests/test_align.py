@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from cases import SMALL, Case, starts
+from infllm.plan import batch_of
 from torch import Tensor
 
 import infllm
@@ -109,9 +110,16 @@ def test_opcheck(place: Place) -> None:
     plan = infllm.make_plan(**CASE.where(device), sparse_config=SMALL)
     rows = torch.arange(10, 65, 7, dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.infllm.align, (
-        q, k, None, None, rows, plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length,
-        plan.page_table, plan.sparse, plan.max_seqlen_q, plan.max_seqlen_k, 0.125, SMALL.numbers(),
-        ""))
+        q, k, None, None, rows, *batch_of(plan), 0.125, SMALL.numbers(), ""))
+
+
+def test_opcheck_backward(place: Place) -> None:
+    device, dtype = place
+    q, k, _ = CASE.numbers(dtype, device)
+    plan = infllm.make_plan(**CASE.where(device), sparse_config=SMALL)
+    inputs = (q, k, None, None, None, *batch_of(plan), 0.125, SMALL.numbers(), "")
+    loss, *kept = torch.ops.infllm.align(*inputs)
+    torch.library.opcheck(torch.ops.infllm.align_backward, (torch.randn_like(loss), *kept, *inputs))
 
 
 def test_compiles(place: Place) -> None:

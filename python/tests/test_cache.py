@@ -74,6 +74,23 @@ def test_append_alone_then_attend(place: Place) -> None:
     close(out, infllm.attention(q, k, v, **where, sparse_config=SMALL))
 
 
+def test_a_step_compiles(place: Place) -> None:
+    device, dtype = place
+    q, k, v = (torch.randn(1, 300, heads, 64).to(device, dtype) for heads in (4, 2, 2))
+    caches = [infllm.KVCache(5, 2, 64, dtype=dtype, device=device, sparse_config=SMALL)
+              for _ in range(2)]
+    length = torch.zeros(1, dtype=torch.int32, device=device)
+    table = shuffled_table(1, 5, device)
+
+    def step(cache: infllm.KVCache) -> torch.Tensor:
+        return infllm.attend_with_kvcache(q, cache, k, v, cache_seqlens=length, page_table=table,
+                                          max_seqlen_k=320)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(caches[0]), step(caches[1]))
+    assert torch.equal(caches[0].pages, caches[1].pages)
+
+
 def test_a_sequence_that_does_not_fit_is_refused() -> None:
     cache = infllm.KVCache(2, 2, 64, dtype=torch.float32)
     k = torch.randn(1, 65, 2, 64)

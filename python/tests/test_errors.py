@@ -50,7 +50,7 @@ K = torch.randn(10, 2, 16)
     ({"backend": "gpu"}, 'no device "gpu" here; choose one of: auto, cpu, reference'),
     ({"q": Q.numpy()}, "q: ndarray, expected a torch.Tensor"),
     ({"v": None}, "v: NoneType, expected a torch.Tensor"),
-    ({"sparse_config": {"topk": 3}}, "sparse_config: dict, expected infllm.SparseConfig.*from_dict"),
+    ({"sparse_config": {"topk": 3}}, "sparse_config: dict, expected infllm.SparseConfig.*from_d"),
     ({"softmax_scale": "small"}, "softmax_scale: 'small', expected a number"),
     ({"selection": torch.zeros(2, 10, 1, dtype=torch.int32)}, "selection: given without"),
     ({"selection": torch.zeros(2, 10, 1), "sparse_config": SMALL},

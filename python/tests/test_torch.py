@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import os
 import signal
 import threading
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SMALL, Case, starts
+from infllm.plan import Batch, batch_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -22,10 +25,8 @@ CASES = [Case("ragged", (70, 3, 0, 130), (270, 64, 0, 300), heads_q=4, heads_kv=
          Case("dense", (70, 3), (70, 3), config=None)]
 
 
-def planned(case: Case, device: str) -> tuple[Any, ...]:
-    plan = infllm.make_plan(**case.where(device), sparse_config=case.config)
-    return (plan.cu_seqlens_q, plan.cu_seqlens_k, plan.kv_length, plan.page_table, plan.sparse,
-            plan.max_seqlen_q, plan.max_seqlen_k)
+def planned(case: Case, device: str) -> Batch:
+    return batch_of(infllm.make_plan(**case.where(device), sparse_config=case.config))
 
 
 def options(case: Case) -> tuple[Any, ...]:
@@ -38,6 +39,20 @@ def test_opcheck_attention(case: Case, place: Place) -> None:
     q, k, v = case.numbers(dtype, device, grad=True)
     torch.library.opcheck(OPS.attention, (q, k, v, None, None, None, *planned(case, device),
                                           *options(case)))
+
+
+def test_opcheck_what_may_be_left_out(place: Place) -> None:
+    """A given selection; tensors from before RoPE."""
+    device, dtype = place
+    case = CASES[0]
+    q, k, v = case.numbers(dtype, device, grad=True)
+    where = planned(case, device)
+    chosen = OPS.attention(q, k, v, None, None, None, *where, *options(case))[2]
+    torch.library.opcheck(OPS.attention, (q, k, v, None, None, chosen, *where, *options(case)))
+    nope = dataclasses.replace(case, config=dataclasses.replace(SMALL, use_nope=True))
+    scores = case.numbers(dtype, device, seed=1)[:2]
+    torch.library.opcheck(OPS.attention, (q, k, v, *scores, None, *where, *options(nope)))
+    torch.library.opcheck(OPS.choose, (*scores, *scores, *where, *options(nope)))
 
 
 def test_opcheck_attention_in_float64() -> None:
@@ -126,6 +141,33 @@ def test_compile_with_many_lengths() -> None:
         assert torch.equal(out, expected)
         assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
     assert counter.frame_count <= 3
+
+
+def test_compile_takes_a_plan() -> None:
+    case = CASES[0]
+    q, k, v = case.numbers(torch.float32)
+    plan = infllm.make_plan(**case.where(), sparse_config=SMALL)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(plan: infllm.Plan, *x: torch.Tensor) -> torch.Tensor:
+        return infllm.attention(*x, plan=plan) + infllm.attention(*x, plan=plan)
+
+    assert torch.equal(step(plan, q, k, v), 2 * infllm.attention(q, k, v, plan=plan))
+
+
+def test_export_keeps_the_lengths_open() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return infllm.attention(q, k, k, sparse_config=SMALL)
+
+    q, k = (torch.randn(2, 300, heads, 16) for heads in (4, 2))
+    tokens = torch.export.Dim("tokens", min=SMALL.dense_len, max=2**20)
+    program = torch.export.export(Model(), (q, k), dynamic_shapes=({1: tokens}, {1: tokens}))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    q, k = (torch.randn(2, 500, heads, 16) for heads in (4, 2))
+    assert torch.equal(torch.export.load(file).module()(q, k), Model()(q, k))
 
 
 def test_autocast(device: str) -> None:
