@@ -7,6 +7,7 @@
 #pragma once
 
 #include "infllm/backend/cuda/sm90/attend_backward_passes.h"
+#include "infllm/backend/cuda/sm90/attend_products.cuh"
 #include "infllm/backend/cuda/sm90/attend_rows.cuh"
 
 namespace infllm::cuda::sm90 {
@@ -24,8 +25,8 @@ struct KeyConfig {
   static constexpr int kGradBytes = 2 * kPanelBytes;
   static constexpr int kGrads = kListed ? 0 : 2;
   static constexpr int kFit =
-      static_cast<int>((kSharedLimit - 4096 - kBlocks * 2 * kTileBytes - kGrads * kGradBytes) /
-                       (2 * kTileBytes + 1024));
+      (kSharedLimit - 4096 - kBlocks * 2 * kTileBytes - kGrads * kGradBytes) /
+      (2 * kTileBytes + 1024);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kThreads = 3 * 128;
   static constexpr int kComputeRegisters = 240;

@@ -91,8 +91,8 @@ Status run(const Device& device, const AttendBackwardParams& p, const DensePlan&
       INFLLM_TRY(clear(args.query_turns, plan.heads * plan.slots));
       INFLLM_TRY(clear(args.next, 1));
       const auto items = chunks * plan.sequences * plan.heads * plan.pairs;
-      INFLLM_TRY((start_keys<sizeof(DenseShared<C>) + 1024, C::kThreads>(
-          dense_gradient_kernel<C>, items, stream, maps, args)));
+      INFLLM_TRY(
+          (start_keys<C, DenseShared<C>>(dense_gradient_kernel<C>, items, stream, maps, args)));
       const dim3 tiles(static_cast<unsigned>(chunks * plan.chunk_tiles),
                        static_cast<unsigned>(plan.sequences), static_cast<unsigned>(plan.heads));
       round_queries_kernel<C><<<tiles, 128, 0, stream>>>(args);

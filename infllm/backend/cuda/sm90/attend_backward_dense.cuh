@@ -136,13 +136,12 @@ class QueryProduct {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int key = static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane % 16;
     mbarrier_wait(&shared_.grad_empty[at], (stage / C::kGrads & 1) ^ 1);
-    std::byte* to = shared_.grad_s[at] + group_ * kPanelBytes + key * 128;
+    std::byte* to = shared_.grad_s[at] + group_ * kPanelBytes;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int unit = (2 * k + lane / 16) ^ key % 8;  // swizzled
       const std::uint32_t four[4] = {grad_s[4 * k], grad_s[4 * k + 1], grad_s[4 * k + 2],
                                      grad_s[4 * k + 3]};
-      stmatrix_x4(to + unit * 16, four);
+      stmatrix_x4(to + swizzled(key, 2 * k + lane / 16), four);
     }
     fence_async_proxy();
     __syncwarp();
@@ -270,8 +269,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                           const __grid_constant__ DenseArgs a) {
   using namespace tile;
   extern __shared__ std::byte memory[];
-  auto& shared =
-      *reinterpret_cast<DenseShared<C>*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  auto& shared = *reinterpret_cast<DenseShared<C>*>(memory + bytes_to_skip(memory));
   const int warp = warp_index();
   if (threadIdx.x == 0) {
     shared.index = static_cast<int>(atomicAdd(a.next, 1u));

@@ -18,9 +18,9 @@ template <class C>
 Status launch(const Device& device, const AttendBackwardParams& p, const ListedArgs& args) {
   const KeyMaps maps = INFLLM_TRY(key_maps<C>(p, args.keys));
   const auto blocks = static_cast<unsigned>(args.choosers.num_blocks);
-  INFLLM_TRY((start_keys<sizeof(KeyShared<C>) + 1024, C::kThreads>(
-      key_gradient_kernel<C>, args.choosers.num_blocks + args.choosers.part_capacity, device.stream,
-      maps, args)));
+  INFLLM_TRY((start_keys<C, KeyShared<C>>(key_gradient_kernel<C>,
+                                          args.choosers.num_blocks + args.choosers.part_capacity,
+                                          device.stream, maps, args)));
   if (args.choosers.part_capacity == 0) return {};
   add_parts_kernel<C><<<dim3(blocks, 2), 128, 0, device.stream>>>(args);
   return launched("attend_backward");

@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                         const __grid_constant__ ListedArgs a) {
   using namespace tile;
   extern __shared__ std::byte memory[];
-  auto& shared =
-      *reinterpret_cast<KeyShared<C>*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  auto& shared = *reinterpret_cast<KeyShared<C>*>(memory + bytes_to_skip(memory));
   const ListedItem item = find_item(a);
   if (!item.exists) return;
   const int warp = warp_index();

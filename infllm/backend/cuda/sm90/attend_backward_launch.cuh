@@ -8,8 +8,10 @@
 #include <array>
 #include <bit>
 
+#include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_config.cuh"
-#include "infllm/backend/cuda/sm90/attend_launch.cuh"
+#include "infllm/backend/cuda/sm90/tensor_maps.h"
+#include "infllm/core/arena.h"
 
 namespace infllm::cuda::sm90 {
 
@@ -45,13 +47,13 @@ Result<KeyMaps> key_maps(const AttendBackwardParams& p, const KeyArgs& args) {
 }
 
 // Starts a kernel that walks over blocks of keys.
-template <std::size_t kShared, int kThreads, class Args>
+template <class C, class Shared, class Args>
 Status start_keys(void (*kernel)(CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap,
                                  CUtensorMap, Args),
                   std::int64_t blocks, cudaStream_t stream, const KeyMaps& maps, const Args& args) {
-  static_assert(kShared <= kSharedLimit);
-  return start("attend_backward", kernel, static_cast<unsigned>(blocks), kThreads, kShared, stream,
-               maps[0], maps[1], maps[2], maps[3], maps[4], maps[5], args);
+  return start("attend_backward", kernel, static_cast<unsigned>(blocks), C::kThreads,
+               shared_bytes<Shared>(), stream, maps[0], maps[1], maps[2], maps[3], maps[4], maps[5],
+               args);
 }
 
 }  // namespace infllm::cuda::sm90

@@ -13,6 +13,7 @@
 
 #include "infllm/backend/cuda/sm90/attend_backward_passes.h"
 #include "infllm/backend/cuda/sm90/attend_feed.cuh"
+#include "infllm/backend/cuda/sm90/attend_products.cuh"
 #include "infllm/backend/cuda/sm90/attend_wishes.cuh"
 
 namespace infllm::cuda::sm90 {
@@ -22,9 +23,15 @@ template <typename T, int kHeadDim, bool kIsSparse, int kGroupSize>
 struct QueryGradientConfig : AttendConfig<T, kHeadDim, true, kGroupSize> {
   using Base = AttendConfig<T, kHeadDim, true, kGroupSize>;
   static constexpr bool kSparse = kIsSparse;
-  static constexpr int kFit = static_cast<int>(
-      (kSharedLimit - 2048 - 2 * Base::kGroups * Base::kTileBytes) / (2 * Base::kStageBytes));
+  static constexpr bool kSingles = false;
+  static constexpr int kFit =
+      (kSharedLimit - 2048 - 2 * Base::kGroups * Base::kTileBytes) / (2 * Base::kStageBytes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
+};
+
+struct QueryGradientMaps {
+  CUtensorMap q, grad_o;  // rows_map of a warpgroup's rows
+  CUtensorMap k, v;
 };
 
 struct QueryGradientArgs {
@@ -87,12 +94,9 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
                                                 const QueryGradientArgs& args, int group) {
   using namespace tile;
   using T = typename C::Type;
-  using Product = Wgmma<T, 64, Major::kK>;
-  using Sum = Wgmma<T, C::kDim, Major::kMN>;
   using Wanted = std::conditional_t<C::kSparse, Wishes<C>, AllBlocks<C>>;
   const AttendArgs& a = args.attend;
   const bool leader = threadIdx.x % 32 == 0;
-  const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
   Queries<C> queries(shared.rows[0][group]);
   Queries<C> gradients(shared.rows[1][group]);
   RingCursor<C::kStages> ring;
@@ -118,12 +122,10 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
 #pragma unroll
     for (int i = 0; i < C::kDim / 2; ++i) grad_q[i] = 0;
 
-    // s becomes dS of the rows that want the block.
+    // s becomes P, zeros in rows that do not want the block. False: no row of the warp does, and s
+    // is not touched.
     const auto weigh_rows = [&](unsigned bit) {
-      if (wishes.own & bit) {
-        const int first = tile.position - rows.own_block() * kPageTokens;
-        mask_beyond(s, {first + rows.token(0), first + rows.token(1)}, lane_column);
-      }
+      if (wishes.own & bit) mask_later(s, rows, rows.own_block());
       bool wanted[2];
       float lse[2];
 #pragma unroll
@@ -138,7 +140,7 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
       }
       return any;
     };
-    const auto keep_gradients = [&](bool any) {
+    const auto keep_gradients = [&](bool any) {  // dS
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const float delta = stats[i % 2].delta;
@@ -147,14 +149,10 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
                         : 0;
       }
     };
-    const auto add_keys = [&](int stage) {
-      const std::uint64_t k_desc = smem_desc_mn_major(shared.k[uniform(stage)]);
+    const auto add_keys = [&](int slot) {
+      const std::uint64_t k_desc = smem_desc_mn_major(shared.k[uniform(slot)]);
       wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        Sum::rs(grad_q, grad_s[4 * k], grad_s[4 * k + 1], grad_s[4 * k + 2], grad_s[4 * k + 3],
-                k_desc + k * kStepMnMajor, 1);
-      }
+      add_product<C>(grad_q, grad_s, k_desc);
       wgmma_commit();
     };
 
@@ -163,37 +161,30 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
       if (entry % 32 == 0) wishes.load(entry);
       const unsigned bit = 1u << entry % 32;
       if ((wishes.group & bit) == 0) {
-        if (leader) {
-          mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
-          mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
-          mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
-          mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
-        }
+        if (leader) pass_block(shared, ring);
         __syncwarp();
         continue;
       }
       // Rows of the last page that nobody wrote must not meet a weight of zero.
       const int written = (wishes.own & bit) ? tile.length - rows.own_block() * kPageTokens : 64;
-      mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
-      if (written < kPageTokens) clear_tail<C>(shared.k[ring.stage], written, group);
-      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[uniform(ring.stage)]),
-                                         kPanelBytes);
-      mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
-      if (written < kPageTokens) clear_tail<C>(shared.v[ring.stage], written, group);
-      gradients.template multiply<Product>(grad_p, smem_desc_k_major(shared.v[uniform(ring.stage)]),
-                                           kPanelBytes);
+      mbarrier_wait(&shared.ring.k_full[ring.slot], ring.phase);
+      if (written < kPageTokens) clear_tail<C>(shared.k[ring.slot], written, group);
+      queries.multiply(s, shared.k[uniform(ring.slot)]);
+      mbarrier_wait(&shared.ring.v_full[ring.slot], ring.phase);
+      if (written < kPageTokens) clear_tail<C>(shared.v[ring.slot], written, group);
+      gradients.multiply(grad_p, shared.v[uniform(ring.slot)]);
       wgmma_wait<1>();
       wgmma_pin(s);
       const bool any = weigh_rows(bit);
       wgmma_wait<0>();
       wgmma_pin(grad_p);
-      if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+      if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.slot]);
       keep_gradients(any);
-      add_keys(ring.stage);
+      add_keys(ring.slot);
       // Not under a condition: the compiler would make every product wait for the one before.
       wgmma_wait<0>();
       wgmma_pin(grad_q);
-      if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
+      if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.slot]);
     }
     __syncwarp();
     if (leader) mbarrier_arrive(&shared.rows_empty[group]);
@@ -205,10 +196,7 @@ __device__ __forceinline__ void compute_queries(QueryGradientShared<C>& shared,
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    query_gradient_kernel(const __grid_constant__ CUtensorMap q_map,
-                          const __grid_constant__ CUtensorMap grad_o_map,
-                          const __grid_constant__ CUtensorMap k_map,
-                          const __grid_constant__ CUtensorMap v_map,
+    query_gradient_kernel(const __grid_constant__ QueryGradientMaps maps,
                           const __grid_constant__ QueryGradientArgs args) {
   using namespace tile;
   extern __shared__ std::byte memory[];
@@ -216,9 +204,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto& shared = begin_shared<C, QueryGradientShared<C>>(memory);
   if (warp < 4) {
     setmaxnreg_dec<C::kFeedRegisters>();
-    if (warp == 0) feed_blocks<C>(shared, args.attend, k_map, v_map);
+    if (warp == 0) feed_blocks<C>(shared, args.attend, maps.k, maps.v);
     if (warp >= 1 && warp <= C::kGroups) {
-      feed_rows<C>(shared, args.attend, warp - 1, q_map, grad_o_map);
+      feed_rows<C>(shared, args.attend, warp - 1, maps.q, maps.grad_o);
     }
   } else {
     setmaxnreg_inc<C::kComputeRegisters>();

@@ -74,10 +74,10 @@ __device__ __forceinline__ void feed_rows(KeyShared<C>& shared, const KeyArgs& a
     const int first = __shfl_sync(kAll, token, begin);
     const bool together =
         first >= 0 && __all_sync(kAll, !brings || token == first + lane - begin) != 0;
-    std::uint64_t* full = &shared.full[ring.stage];
-    mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+    std::uint64_t* full = &shared.full[ring.slot];
+    mbarrier_wait(&shared.empty[ring.slot], ring.phase ^ 1);
     if (warp == 0) {
-      auto& rows = shared.rows[ring.stage];
+      auto& rows = shared.rows[ring.slot];
       if (lane < tokens) rows.position[lane] = token < 0 ? -1 : token + first_position;
       // Of rows 2 lane and 2 lane + 1.
       const int owner = __shfl_sync(kAll, token, 2 * lane >> a.group_log2);
@@ -93,7 +93,7 @@ __device__ __forceinline__ void feed_rows(KeyShared<C>& shared, const KeyArgs& a
       arrive_after_copies(full);
       __syncwarp();  // what lanes wrote is there when the first one arrives
     }
-    std::byte* to = (warp < 2 ? shared.q : shared.grad_o)[ring.stage];
+    std::byte* to = (warp < 2 ? shared.q : shared.grad_o)[ring.slot];
     if (lane == 0) mbarrier_arrive_expect_tx(full, bytes);
     const int from = C::kHalves ? 0 : warp % 2;
     for (int panel = from; panel < from + kPanels; ++panel) {
@@ -129,7 +129,6 @@ __device__ __forceinline__ void sum_stages(KeyShared<C>& shared, const KeyArgs& 
   using namespace tile;
   using T = typename C::Type;
   using Product = Wgmma<T, 64, Major::kK>;
-  using Sum = Wgmma<T, C::kDim, Major::kMN>;
   constexpr int kEvery = C::kListed ? 2 : 1;  // stages from one to the next
   const int own = C::kListed ? 0 : group;     // block within shared memory
   // Keys of a block that is missing lie behind all tokens.
@@ -150,12 +149,6 @@ __device__ __forceinline__ void sum_stages(KeyShared<C>& shared, const KeyArgs& 
       Product::ss(d, keys + at, rows + at, k != 0);
     }
     wgmma_commit();
-  };
-  const auto add = [](float(&sum)[C::kSums], const std::uint32_t(&x)[16], std::uint64_t rows) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      Sum::rs(sum, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], rows + k * kStepMnMajor, 1);
-    }
   };
   // The warpgroups take turns at starting sums and the next product: side by side they would also
   // make weights side by side, with nothing to multiply.
@@ -212,8 +205,8 @@ __device__ __forceinline__ void sum_stages(KeyShared<C>& shared, const KeyArgs& 
     wait_turn();
     use.multiply(stage, product);
     wgmma_fence();
-    add(grad_v, weights, smem_desc_mn_major(shared.grad_o[slot]));
-    add(grad_k, grad_s, smem_desc_mn_major(shared.q[slot]));
+    add_product<C>(grad_v, weights, smem_desc_mn_major(shared.grad_o[slot]));
+    add_product<C>(grad_k, grad_s, smem_desc_mn_major(shared.q[slot]));
     wgmma_commit();
     use.finish(stage, product);
     before = slot;

@@ -3,16 +3,18 @@
 // What the parts of Hopper's attend share: tile sizes, arguments, and the plan of shared memory.
 #pragma once
 
+#include <cuda.h>
+
 #include <type_traits>
 
+#include "infllm/backend/cuda/sm90/shared_memory.cuh"
 #include "infllm/backend/cuda/sm90/tiles.cuh"
 #include "infllm/backend/cuda/sm90/union.h"
-#include "infllm/backend/cuda/tile/barrier.cuh"
+#include "infllm/backend/cuda/tile/ring.cuh"
 
 namespace infllm::cuda::sm90 {
 
-inline constexpr std::size_t kSharedLimit = 227 * 1024;
-inline constexpr int kPanelBytes = 64 * 128;  // 64 rows of 64 elements
+using tile::RingCursor;
 
 // Tile sizes; docs/kernels/hopper-attend.md keeps the runners-up with their times. kGroup: query
 // heads of a KV head if known when compiling, 0: any power of two up to 64.
@@ -27,6 +29,7 @@ struct AttendConfig {
   static constexpr int kGroups = kSparse ? 3 : 2;  // warpgroups that compute, 64 rows each
   static constexpr int kBlocks = kSparse ? 1 : 2;  // of a step, and of a stage of the ring
   static constexpr bool kHoldQueries = !kSparse;   // in registers
+  static constexpr bool kSingles = kSparse;  // blocks that a warp computes by itself (union.h)
   // 64 K registers among all warpgroups; the feeding one gives up most of its own.
   static constexpr int kComputeRegisters = kSparse ? 160 : 232;
   static constexpr int kFeedRegisters = kSparse ? 32 : 40;
@@ -35,8 +38,7 @@ struct AttendConfig {
   static constexpr int kPanels = kDim / 64;
   static constexpr int kTileBytes = 64 * kDim * 2;          // of a K or V block, or 64 query rows
   static constexpr int kStageBytes = kBlocks * kTileBytes;  // of K or of V
-  static constexpr int kFit =
-      static_cast<int>((kSharedLimit - 2048 - kGroups * kTileBytes) / (2 * kStageBytes));
+  static constexpr int kFit = (kSharedLimit - 2048 - kGroups * kTileBytes) / (2 * kStageBytes);
   static constexpr int kStages = kFit < 8 ? kFit : 8;
 };
 
@@ -48,6 +50,11 @@ using TokenConfig = AttendConfig<T, kDim, true, 16>;
 // Groups of 4 to 32.
 template <typename T, int kDim>
 using RowConfig = AttendConfig<T, kDim, true, 0>;
+
+struct AttendMaps {
+  CUtensorMap q;  // rows_map of a warpgroup's rows
+  CUtensorMap k, v;
+};
 
 struct AttendArgs {
   Batch batch;
@@ -88,7 +95,7 @@ struct __align__(1024) AttendShared {
 template <class C, class Shared>
 __device__ __forceinline__ Shared& begin_shared(std::byte* memory) {
   using namespace tile;
-  auto& shared = *reinterpret_cast<Shared*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  auto& shared = *reinterpret_cast<Shared*>(memory + bytes_to_skip(memory));
   if (threadIdx.x == 0) {
     constexpr int kWarps = C::kGroups * 4;
     for (int i = 0; i < C::kStages; ++i) {
@@ -110,18 +117,5 @@ __device__ __forceinline__ Shared& begin_shared(std::byte* memory) {
   __syncthreads();
   return shared;
 }
-
-// A place in the ring, and the parity that its "full" barriers will complete with.
-template <int kStages>
-struct RingCursor {
-  int stage = 0;
-  std::uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 }  // namespace infllm::cuda::sm90

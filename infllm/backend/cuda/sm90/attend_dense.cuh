@@ -3,6 +3,7 @@
 // Dense attention on Hopper: the computing warpgroups.
 #pragma once
 
+#include "infllm/backend/cuda/sm90/attend_products.cuh"
 #include "infllm/backend/cuda/sm90/attend_rows.cuh"
 
 namespace infllm::cuda::sm90 {
@@ -16,10 +17,7 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
   using namespace tile;
   static_assert(C::kGroups == 2);
   using T = typename C::Type;
-  using Product = Wgmma<T, 128, Major::kK>;
-  using Sum = Wgmma<T, C::kDim, Major::kMN>;
   const bool leader = threadIdx.x % 32 == 0;
-  const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
   Queries<C> queries(shared.rows[0][group]);
   const auto wait_turn = [&] { named_barrier_sync(4 + group, 256); };
   const auto pass_turn = [&] { named_barrier_arrive(5 - group, 256); };
@@ -42,18 +40,11 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
     float factor[2];
     constexpr bool kWanted[2] = {true, true};
 
-    const auto multiply_keys = [&](int stage) {
-      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[uniform(stage)]),
-                                         2 * kPanelBytes);
-    };
-    const auto multiply_values = [&](int stage) {
-      const std::uint64_t v_desc = smem_desc_mn_major(shared.v[uniform(stage)]);
+    const auto multiply_keys = [&](int slot) { queries.multiply(s, shared.k[uniform(slot)]); };
+    const auto multiply_values = [&](int slot) {
+      const std::uint64_t v_desc = smem_desc_mn_major(shared.v[uniform(slot)]);
       wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 8; ++step) {
-        Sum::rs(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
-                v_desc + step / 4 * (C::kTileBytes / 16) + step % 4 * kStepMnMajor, 1);
-      }
+      add_product<C>(o, p, v_desc);
       wgmma_commit();
     };
     const Sequence sequence(a.batch, tile.sequence);
@@ -64,10 +55,7 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
         present = __ballot_sync(0xffffffff,
                                 block >= entries || sequence.page(block, a.pool.num_pages) >= 0);
       }
-      if (step == steps - 1) {
-        const int first = tile.position - step * 2 * kPageTokens;
-        mask_beyond(s, {first + rows.token(0), first + rows.token(1)}, lane_column);
-      }
+      if (step == steps - 1) mask_later(s, rows, 2 * step);
       const unsigned both = present >> step % 16 * 2 & 3;
       if (both != 3) {
 #pragma unroll
@@ -81,48 +69,46 @@ __device__ __forceinline__ void compute_dense(AttendShared<C>& shared, const Att
     queries.hold(shared.rows[0][group]);
     __syncwarp();
     if (leader) mbarrier_arrive(&shared.rows_empty[group]);
-    mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
+    mbarrier_wait(&shared.ring.k_full[ring.slot], ring.phase);
     wait_turn();
-    multiply_keys(ring.stage);
+    multiply_keys(ring.slot);
     pass_turn();
     wgmma_wait<0>();
     wgmma_pin(s);
-    if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
+    if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.slot]);
     mask(0);
     weigh(s, kWanted, a.c, state, factor);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+    pack<T>(p, s);
     auto before = ring;
     for (int step = 1; step < steps; ++step) {
       ring.advance();
-      mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
+      mbarrier_wait(&shared.ring.k_full[ring.slot], ring.phase);
       wait_turn();
-      multiply_keys(ring.stage);
-      mbarrier_wait(&shared.ring.v_full[before.stage], before.phase);
-      multiply_values(before.stage);
+      multiply_keys(ring.slot);
+      mbarrier_wait(&shared.ring.v_full[before.slot], before.phase);
+      multiply_values(before.slot);
       pass_turn();
       wgmma_wait<1>();
       wgmma_pin(s);
-      if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
+      if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.slot]);
       mask(step);
       weigh(s, kWanted, a.c, state, factor);
       wgmma_wait<0>();
       wgmma_pin(o);
-      if (leader) mbarrier_arrive(&shared.ring.v_empty[before.stage]);
+      if (leader) mbarrier_arrive(&shared.ring.v_empty[before.slot]);
       rescale(o, factor);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+      pack<T>(p, s);
       before = ring;
     }
-    mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
+    mbarrier_wait(&shared.ring.v_full[ring.slot], ring.phase);
     const int written = tile.length - (entries - 1) * kPageTokens;
     if (written < kPageTokens) {
-      clear_tail<C>(shared.v[ring.stage] + (entries - 1) % 2 * C::kTileBytes, written, group);
+      clear_tail<C>(shared.v[ring.slot] + (entries - 1) % 2 * C::kTileBytes, written, group);
     }
-    multiply_values(ring.stage);
+    multiply_values(ring.slot);
     wgmma_wait<0>();
     wgmma_pin(o);
-    if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+    if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.slot]);
     ring.advance();
     store_tile<C>(a, rows, state, o);
     __syncwarp();

@@ -58,9 +58,9 @@ __device__ __forceinline__ void feed_blocks(Shared& shared, const AttendArgs& a,
           from[j] = __shfl_sync(0xffffffff, page, i + j);
           if (from[j] < 0) from[j] = a.pool.num_pages;
         }
-        std::uint64_t* full = &shared.ring.k_full[ring.stage];
-        std::byte* to = shared.k[ring.stage];
-        mbarrier_wait(&shared.ring.k_empty[ring.stage], ring.phase ^ 1);
+        std::uint64_t* full = &shared.ring.k_full[ring.slot];
+        std::byte* to = shared.k[ring.slot];
+        mbarrier_wait(&shared.ring.k_empty[ring.slot], ring.phase ^ 1);
         if (lane == 0) {
           mbarrier_arrive_expect_tx(full, C::kStageBytes);
           if constexpr (C::kBlocks == 1) {
@@ -74,9 +74,9 @@ __device__ __forceinline__ void feed_blocks(Shared& shared, const AttendArgs& a,
             }
           }
         }
-        full = &shared.ring.v_full[ring.stage];
-        to = shared.v[ring.stage];
-        mbarrier_wait(&shared.ring.v_empty[ring.stage], ring.phase ^ 1);
+        full = &shared.ring.v_full[ring.slot];
+        to = shared.v[ring.slot];
+        mbarrier_wait(&shared.ring.v_empty[ring.slot], ring.phase ^ 1);
         if (lane == 0) {
           mbarrier_arrive_expect_tx(full, C::kStageBytes);
           for (int j = 0; j < C::kBlocks; ++j, to += C::kTileBytes) {

@@ -15,17 +15,15 @@ namespace infllm::cuda::sm90 {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    attend_kernel(const __grid_constant__ CUtensorMap q_map,
-                  const __grid_constant__ CUtensorMap k_map,
-                  const __grid_constant__ CUtensorMap v_map, const __grid_constant__ AttendArgs a) {
+    attend_kernel(const __grid_constant__ AttendMaps maps, const __grid_constant__ AttendArgs a) {
   using namespace tile;
   extern __shared__ std::byte memory[];
   const int warp = warp_index();
   auto& shared = begin_shared<C, AttendShared<C>>(memory);
   if (warp < 4) {
     setmaxnreg_dec<C::kFeedRegisters>();
-    if (warp == 0) feed_blocks<C>(shared, a, k_map, v_map);
-    if (warp >= 1 && warp <= C::kGroups) feed_rows<C>(shared, a, warp - 1, q_map);
+    if (warp == 0) feed_blocks<C>(shared, a, maps.k, maps.v);
+    if (warp >= 1 && warp <= C::kGroups) feed_rows<C>(shared, a, warp - 1, maps.q);
   } else {
     setmaxnreg_inc<C::kComputeRegisters>();
     if constexpr (C::kSparse) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Host side of attend_kernel.cuh: workspace, tensor maps, launches of one configuration.
+// Host side of attend_kernel.cuh, and of the dQ pass, which cuts a call the same way: workspace,
+// chunks of tiles, configurations.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 #include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm90/attend_kernel.cuh"
-#include "infllm/backend/cuda/tile/tensor_map.h"
+#include "infllm/backend/cuda/sm90/tensor_maps.h"
 #include "infllm/core/arena.h"
 
 namespace infllm::cuda::sm90 {
@@ -45,8 +46,11 @@ struct AttendPlan {
     lists.tokens = sets;
     lists.capacity = capacity;
     lists.token_bytes = sizeof(typename C::TokenSet);
-    lists.warp_tokens = 16 / group;
+    lists.warp_tokens = C::kSingles ? 16 / group : 0;
   }
+
+  // Of a warpgroup's 64 rows.
+  std::uint32_t rows_tokens() const { return static_cast<std::uint32_t>(64 / group); }
 
   std::int32_t heads;
   std::int32_t group;
@@ -64,6 +68,7 @@ struct AttendPlan {
   }
 };
 
+// Workspace of one configuration.
 template <class C>
 std::size_t attend_bytes_of(const AttendParams& params) {
   const AttendPlan<C> plan(params);
@@ -74,63 +79,24 @@ std::size_t attend_bytes_of(const AttendParams& params) {
   return size.bytes();
 }
 
-// One 64-row plane of keys or values, wherever its page is.
-inline Result<CUtensorMap> plane_map(const KvPages& pages, std::int64_t offset,
-                                     std::uint32_t box_panels) {
-  const KvLayout& layout = pages.layout;
-  const auto row = static_cast<std::uint64_t>(layout.head_dim * size_of(layout.dtype));
-  const auto panels = static_cast<std::uint64_t>(layout.head_dim / 64);
-  return tile::make_tensor_map(
-      {.data = static_cast<const std::byte*>(pages.data) + offset,
-       .dtype = layout.dtype,
-       .rank = 5,
-       .size = {64, kPageTokens, panels, static_cast<std::uint64_t>(layout.kv_heads),
-                static_cast<std::uint64_t>(pages.num_pages)},
-       .stride_bytes = {row, 128, kPageTokens * row, static_cast<std::uint64_t>(pages.page_bytes)},
-       .box = {64, kPageTokens, box_panels, 1, 1}});
-}
-
-// Rows like the queries', [T, Hq, D], in boxes of some neighbouring tokens and the G query heads of
-// one KV head.
-inline Result<CUtensorMap> rows_map(const AttendParams& p, const void* rows,
-                                    std::uint32_t box_tokens, std::uint32_t box_panels) {
-  const auto dim = static_cast<std::uint64_t>(p.pages.layout.head_dim);
-  const auto group = static_cast<std::uint32_t>(p.heads_q / p.pages.layout.kv_heads);
-  const auto heads = static_cast<std::uint64_t>(p.heads_q);
-  return tile::make_tensor_map(
-      {.data = rows,
-       .dtype = p.pages.layout.dtype,
-       .rank = 4,
-       .size = {64, heads, static_cast<std::uint64_t>(p.batch.num_tokens), dim / 64},
-       .stride_bytes = {2 * dim, 2 * dim * heads, 128},
-       .box = {64, group, box_tokens, box_panels}});
-}
-
-template <class C>
-Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cudaStream_t stream,
-                  int sm_count) {
-  const AttendPlan<C> plan(params);
+// Builds the lists of some tiles at a time and calls launch(args, thread blocks) for each of these
+// chunks, with the arguments of the forward pass.
+template <class C, class Launch>
+Status for_each_chunk(std::string_view step, const AttendParams& params, const AttendPlan<C>& plan,
+                      std::span<std::byte> workspace, cudaStream_t stream, int sm_count,
+                      Launch&& launch) {
   Arena arena(workspace);
   unsigned* taken = nullptr;
   UnionLists lists;
   plan.take([&]<typename T>(T*& array, std::int64_t count) { array = arena.take<T>(count); }, taken,
             lists);
-  const PagePool pool(params.pages);
-  const CUtensorMap q_map = INFLLM_TRY(
-      rows_map(params, params.q, static_cast<std::uint32_t>(64 / plan.group), C::kPanels));
-  const CUtensorMap k_map =
-      INFLLM_TRY(plane_map(params.pages, pool.map.key(0), C::kBlocks == 1 ? C::kPanels : 1));
-  const CUtensorMap v_map = INFLLM_TRY(plane_map(params.pages, pool.map.value(0), C::kPanels));
-  constexpr std::size_t kShared = sizeof(AttendShared<C>) + 1024;
-  static_assert(kShared <= kSharedLimit);
-  INFLLM_TRY(
-      to_status("attend", cudaMemsetAsync(taken, 0, plan.chunks * sizeof(unsigned), stream)));
+  INFLLM_TRY(to_status(step, cudaMemsetAsync(taken, 0, plan.chunks * sizeof(unsigned), stream)));
   for (std::int64_t i = 0; i < plan.chunks; ++i) {
     const auto first = static_cast<std::int32_t>(i * plan.chunk);
     const auto count = static_cast<std::int32_t>(std::min(plan.chunk, plan.tiles - first));
     if (C::kSparse) launch_union(params, plan.tile_tokens, first, count, lists, stream);
     AttendArgs args{.batch = params.batch,
-                    .pool = pool,
+                    .pool = PagePool(params.pages),
                     .lists = lists,
                     .o = params.o,
                     .lse = static_cast<float*>(params.lse),
@@ -142,10 +108,50 @@ Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cu
                     .count = count,
                     .next = taken + i};
     if (params.selection == nullptr) args.batch.any_sparse = false;
-    INFLLM_TRY(start("attend", attend_kernel<C>, std::min(count, sm_count), C::kThreads, kShared,
-                     stream, q_map, k_map, v_map, args));
+    INFLLM_TRY(launch(args, static_cast<unsigned>(std::min(count, sm_count))));
   }
   return {};
+}
+
+template <class C>
+Status run_attend(const AttendParams& params, std::span<std::byte> workspace, cudaStream_t stream,
+                  int sm_count) {
+  const AttendPlan<C> plan(params);
+  const PageMap planes(params.pages.layout);
+  const AttendMaps maps{
+      .q = INFLLM_TRY(rows_map(params, params.q, plan.rows_tokens(), C::kPanels)),
+      .k = INFLLM_TRY(plane_map(params.pages, planes.key(0), C::kBlocks == 1 ? C::kPanels : 1)),
+      .v = INFLLM_TRY(plane_map(params.pages, planes.value(0), C::kPanels))};
+  return for_each_chunk<C>("attend", params, plan, workspace, stream, sm_count,
+                           [&](const AttendArgs& args, unsigned blocks) {
+                             return start("attend", attend_kernel<C>, blocks, C::kThreads,
+                                          shared_bytes<AttendShared<C>>(), stream, maps, args);
+                           });
+}
+
+// Calls work.template operator()<C>() for each configuration C of a family that a call needs: that
+// of its sparse sequences, of which groups of 16 have one of their own, and that of the dense ones.
+template <template <typename, int, bool, int> class Config, class Work>
+Status for_each_config(const AttendParams& p, Work&& work) {
+  return with_shape(p.pages.layout, [&]<typename T, int kDim>() -> Status {
+    if (is_sparse(p) && p.heads_q == 16 * p.pages.layout.kv_heads) {
+      INFLLM_TRY(work.template operator()<Config<T, kDim, true, 16>>());
+    } else if (is_sparse(p)) {
+      INFLLM_TRY(work.template operator()<Config<T, kDim, true, 0>>());
+    }
+    return work.template operator()<Config<T, kDim, false, 0>>();
+  });
+}
+
+// Workspace of a family: configurations run one after another.
+template <template <typename, int, bool, int> class Config>
+std::size_t attend_bytes_of(const AttendParams& params) {
+  std::size_t bytes = 0;
+  const Status status = for_each_config<Config>(params, [&]<class C>() {
+    bytes = std::max(bytes, attend_bytes_of<C>(params));
+    return Status();
+  });
+  return status.ok() ? bytes : 0;
 }
 
 }  // namespace infllm::cuda::sm90

@@ -1,19 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The 64 rows of a computing warpgroup: whose they are, how they come in, how they go out.
+// The 64 rows of a computing warpgroup: whose they are, what they see, how they go out.
 #pragma once
 
 #include "infllm/backend/cuda/sm90/attend_config.cuh"
 #include "infllm/backend/cuda/sm90/attend_softmax.cuh"
-#include "infllm/backend/cuda/tile/mma.cuh"
-#include "infllm/backend/cuda/tile/tma.cuh"
-#include "infllm/backend/cuda/tile/wgmma.cuh"
 
 namespace infllm::cuda::sm90 {
-
-// The same value in all lanes, and the compiler knows: descriptors of wgmma are made in uniform
-// registers then, instead of being moved there before every product.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
 // Where the rows of a lane of a computing warpgroup belong. Everything follows from the tile, which
 // stays in shared memory, and is computed again where it is needed: registers are short.
@@ -56,59 +49,21 @@ struct Rows {
   int first;  // row of the warp
 };
 
-// The query rows of a warp as operand a: read from shared memory by each product, or held in
-// registers, which halves the shared memory traffic of a product of 64 columns.
-template <class C>
-struct Queries {
-  static constexpr int kSteps = C::kDim / 16;
+// Hides the keys after each row's token; s[0] is of the first key of `block`.
+template <class C, int kCount>
+__device__ __forceinline__ void mask_later(float (&s)[kCount], const Rows<C>& rows, int block) {
+  const int first = rows.tile.position - block * kPageTokens;
+  mask_beyond(s, {first + rows.token(0), first + rows.token(1)},
+              static_cast<int>(threadIdx.x % 4) * 2);
+}
 
-  __device__ __forceinline__ explicit Queries(const std::byte* rows)
-      : desc(tile::smem_desc_k_major(rows)) {}
-
-  // Afterwards shared memory is not needed any more, if kHoldQueries.
-  __device__ __forceinline__ void hold(const std::byte* rows) {
-    if constexpr (C::kHoldQueries) {
-      const int lane = static_cast<int>(threadIdx.x % 32);
-      const int row = static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane % 16;
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        const int unit = (k % 4 * 2 + lane / 16) ^ row % 8;  // swizzled
-        tile::ldmatrix_x4(a[k], rows + k / 4 * kPanelBytes + row * 128 + unit * 16);
-      }
-    }
-  }
-
-  template <class Product, int kCount>
-  __device__ __forceinline__ void multiply(float (&s)[kCount], std::uint64_t k_desc,
-                                           int panel_bytes) const {
-    tile::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      const std::uint64_t at = k_desc + k / 4 * (panel_bytes / 16) + k % 4 * tile::kStepKMajor;
-      if constexpr (C::kHoldQueries) {
-        Product::rs(s, a[k][0], a[k][1], a[k][2], a[k][3], at, k != 0);
-      } else {
-        Product::ss(s, desc + k / 4 * (kPanelBytes / 16) + k % 4 * tile::kStepKMajor, at, k != 0);
-      }
-    }
-    tile::wgmma_commit();
-  }
-
-  std::uint64_t desc;
-  std::uint32_t a[kSteps][4];
-};
-
-// The last page of a sequence holds rows that nobody wrote. They may be NaN, and 0 x NaN is NaN.
-template <class C>
-__device__ __forceinline__ void clear_tail(std::byte* v, int first_row, int group) {
-  for (int panel = 0; panel < C::kPanels; ++panel) {
-    auto* words = reinterpret_cast<uint4*>(v + panel * kPanelBytes);
-    for (int i = first_row * 8 + static_cast<int>(threadIdx.x % 128); i < 64 * 8; i += 128) {
-      words[i] = uint4{0, 0, 0, 0};
-    }
-  }
-  tile::fence_async_proxy();
-  tile::named_barrier_sync(1 + group, 128);
+// What a warp's first lane does with a block that nobody of the warpgroup wants.
+template <class Shared, int kStages>
+__device__ __forceinline__ void pass_block(Shared& shared, const RingCursor<kStages>& ring) {
+  tile::mbarrier_wait(&shared.ring.k_full[ring.slot], ring.phase);
+  tile::mbarrier_arrive(&shared.ring.k_empty[ring.slot]);
+  tile::mbarrier_wait(&shared.ring.v_full[ring.slot], ring.phase);
+  tile::mbarrier_arrive(&shared.ring.v_empty[ring.slot]);
 }
 
 // Writes one row's share of this quad: lane q of it holds columns 8 i + 2 q, + 1 as words[i]. Four
@@ -164,8 +119,8 @@ __device__ __forceinline__ void store_tile(const AttendArgs& a, const Rows<C>& r
     std::uint32_t words[C::kDim / 8];
 #pragma unroll
     for (int j = 0; j < C::kDim / 8; ++j) {
-      words[j] = infllm::cuda::tile::pack2<typename C::Type>(o[4 * j + 2 * i] * inverse,
-                                                             o[4 * j + 2 * i + 1] * inverse);
+      words[j] = cuda::tile::pack2<typename C::Type>(o[4 * j + 2 * i] * inverse,
+                                                     o[4 * j + 2 * i + 1] * inverse);
     }
     const std::int64_t row = std::int64_t{token} * heads_q + rows.head(i);
     store_row<C>(static_cast<typename C::Type*>(a.o) + row * C::kDim, words, valid);

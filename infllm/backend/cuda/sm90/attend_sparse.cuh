@@ -7,6 +7,7 @@
 // other groups look at a bit for each row. Only a token's own block needs a mask inside.
 #pragma once
 
+#include "infllm/backend/cuda/sm90/attend_products.cuh"
 #include "infllm/backend/cuda/sm90/attend_warp.cuh"
 #include "infllm/backend/cuda/sm90/attend_wishes.cuh"
 
@@ -21,10 +22,7 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
                                                int group) {
   using namespace tile;
   using T = typename C::Type;
-  using Product = Wgmma<T, 64, Major::kK>;
-  using Sum = Wgmma<T, C::kDim, Major::kMN>;
   const bool leader = threadIdx.x % 32 == 0;
-  const int lane_column = static_cast<int>(threadIdx.x % 4) * 2;
   Queries<C> queries(shared.rows[0][group]);
   RingCursor<C::kStages> ring;
   for (unsigned n = 0;; ++n) {
@@ -43,26 +41,15 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
     for (int i = 0; i < C::kDim / 2; ++i) o[i] = 0;
     float factor[2];
 
-    const auto multiply_keys = [&] {
-      queries.template multiply<Product>(s, smem_desc_k_major(shared.k[uniform(ring.stage)]),
-                                         kPanelBytes);
-    };
-    const auto multiply_values = [&](int stage) {
-      const std::uint64_t v_desc = smem_desc_mn_major(shared.v[uniform(stage)]);
+    const auto multiply_values = [&](int slot) {
+      const std::uint64_t v_desc = smem_desc_mn_major(shared.v[uniform(slot)]);
       wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        Sum::rs(o, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3],
-                v_desc + step * kStepMnMajor, 1);
-      }
+      add_product<C>(o, p, v_desc);
       wgmma_commit();
     };
     bool any_wanted = false;  // by this warp
     const auto make_weights = [&](unsigned bit) {
-      if (wishes.own & bit) {
-        const int first = tile.position - rows.own_block() * kPageTokens;
-        mask_beyond(s, {first + rows.token(0), first + rows.token(1)}, lane_column);
-      }
+      if (wishes.own & bit) mask_later(s, rows, rows.own_block());
       const bool wanted[2] = {(wishes.row[0] & bit) != 0, (wishes.row[1] & bit) != 0};
       any_wanted = __any_sync(0xffffffff, wanted[0] || wanted[1]);
       if (any_wanted) weigh(s, wanted, a.c, state, factor);
@@ -74,38 +61,37 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
     };
     bool own = false;  // the block whose weights are in p
     const auto prepare_values = [&](const RingCursor<C::kStages>& at) {
-      mbarrier_wait(&shared.ring.v_full[at.stage], at.phase);
+      mbarrier_wait(&shared.ring.v_full[at.slot], at.phase);
       if (!own) return;
       const int written = tile.length - rows.own_block() * kPageTokens;
-      if (written < kPageTokens) clear_tail<C>(shared.v[at.stage], written, group);
+      if (written < kPageTokens) clear_tail<C>(shared.v[at.slot], written, group);
     };
 
     mbarrier_wait(&shared.rows_full[group], n & 1);
     const auto finish = [&](const RingCursor<C::kStages>& at) {
       prepare_values(at);
-      multiply_values(at.stage);
+      multiply_values(at.slot);
       wgmma_wait<0>();
       wgmma_pin(o);
-      if (leader) mbarrier_arrive(&shared.ring.v_empty[at.stage]);
+      if (leader) mbarrier_arrive(&shared.ring.v_empty[at.slot]);
     };
     // A single (union.h): the warp that wants it computes it, the others go ahead.
     const auto serve_single = [&](unsigned bit) {
       const bool wanted[2] = {(wishes.row[0] & bit) != 0, (wishes.row[1] & bit) != 0};
       const bool mine = __any_sync(0xffffffff, wanted[0] || wanted[1]);
-      if (mine || leader) mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
+      if (mine || leader) mbarrier_wait(&shared.ring.k_full[ring.slot], ring.phase);
       if (mine) {
-        warp_products<C>(s, shared.rows[0][group], rows.first - group * 64, shared.k[ring.stage]);
+        warp_products<C>(s, shared.rows[0][group], rows.first - group * 64, shared.k[ring.slot]);
         weigh(s, wanted, a.c, state, factor);
         rescale(o, factor);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+        pack<T>(p, s);
       }
       __syncwarp();
-      if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
-      if (mine || leader) mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
-      if (mine) warp_sum<C>(o, p, shared.v[ring.stage]);
+      if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.slot]);
+      if (mine || leader) mbarrier_wait(&shared.ring.v_full[ring.slot], ring.phase);
+      if (mine) warp_sum<C>(o, p, shared.v[ring.slot]);
       __syncwarp();
-      if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+      if (leader) mbarrier_arrive(&shared.ring.v_empty[ring.slot]);
     };
     RingCursor<C::kStages> before;
     int pending = -1;  // the entry whose weights are in p, at `before`
@@ -114,22 +100,22 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
       const unsigned bit = 1u << entry % 32;
       const bool wanted = entry < entries && (wishes.group & bit) != 0;
       if (wanted && entry >= work.singles) {
-        mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
-        multiply_keys();
+        mbarrier_wait(&shared.ring.k_full[ring.slot], ring.phase);
+        queries.multiply(s, shared.k[uniform(ring.slot)]);
         if (pending >= 0) {
           prepare_values(before);
-          multiply_values(before.stage);
+          multiply_values(before.slot);
           wgmma_wait<1>();
           wgmma_pin(s);
-          if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
+          if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.slot]);
           make_weights(bit);
           wgmma_wait<0>();
           wgmma_pin(o);
-          if (leader) mbarrier_arrive(&shared.ring.v_empty[before.stage]);
+          if (leader) mbarrier_arrive(&shared.ring.v_empty[before.slot]);
         } else {
           wgmma_wait<0>();
           wgmma_pin(s);
-          if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
+          if (leader) mbarrier_arrive(&shared.ring.k_empty[ring.slot]);
           make_weights(bit);
         }
         keep_weights();
@@ -147,10 +133,7 @@ __device__ __forceinline__ void compute_sparse(AttendShared<C>& shared, const At
         if (wanted) {
           serve_single(bit);
         } else if (leader) {
-          mbarrier_wait(&shared.ring.k_full[ring.stage], ring.phase);
-          mbarrier_arrive(&shared.ring.k_empty[ring.stage]);
-          mbarrier_wait(&shared.ring.v_full[ring.stage], ring.phase);
-          mbarrier_arrive(&shared.ring.v_empty[ring.stage]);
+          pass_block(shared, ring);
         }
         __syncwarp();
       }

@@ -10,11 +10,6 @@
 
 namespace infllm::cuda::sm90 {
 
-// Where the 16-byte unit `unit` (0 .. 7) of a panel's row lies.
-__device__ __forceinline__ const std::byte* swizzled(const std::byte* panel, int row, int unit) {
-  return panel + row * 128 + (unit ^ row % 8) * 16;
-}
-
 template <typename T, int kCount>
 __device__ __forceinline__ void multiply_add(float (&d)[kCount], int first,
                                              const std::uint32_t (&a)[4], std::uint32_t b0,
@@ -36,12 +31,12 @@ __device__ __forceinline__ void warp_products(float (&s)[32], const std::byte* q
   for (int step = 0; step < C::kDim / 16; ++step) {
     const int panel = step / 4 * kPanelBytes;
     std::uint32_t a[4];
-    tile::ldmatrix_x4(a, swizzled(q + panel, first_row + lane % 16, step % 4 * 2 + lane / 16));
+    tile::ldmatrix_x4(a, q + panel + swizzled(first_row + lane % 16, step % 4 * 2 + lane / 16));
 #pragma unroll
     for (int keys = 0; keys < 64; keys += 16) {
       std::uint32_t b[4];
       tile::ldmatrix_x4(
-          b, swizzled(k + panel, keys + lane / 16 * 8 + lane % 8, step % 4 * 2 + lane / 8 % 2));
+          b, k + panel + swizzled(keys + lane / 16 * 8 + lane % 8, step % 4 * 2 + lane / 8 % 2));
       multiply_add<typename C::Type>(s, keys / 2, a, b[0], b[1]);
       multiply_add<typename C::Type>(s, keys / 2 + 4, a, b[2], b[3]);
     }
@@ -60,7 +55,7 @@ __device__ __forceinline__ void warp_sum(float (&o)[C::kDim / 2], const std::uin
     for (int dims = 0; dims < C::kDim; dims += 16) {
       std::uint32_t b[4];
       tile::ldmatrix_x4_trans(
-          b, swizzled(v + dims / 64 * kPanelBytes, keys + lane % 16, dims % 64 / 8 + lane / 16));
+          b, v + dims / 64 * kPanelBytes + swizzled(keys + lane % 16, dims % 64 / 8 + lane / 16));
       multiply_add<typename C::Type>(o, dims / 2, a, b[0], b[1]);
       multiply_add<typename C::Type>(o, dims / 2 + 4, a, b[2], b[3]);
     }

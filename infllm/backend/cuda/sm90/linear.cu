@@ -20,6 +20,7 @@
 #include "infllm/backend/cuda/numbers.cuh"
 #include "infllm/backend/cuda/sm90/linear.h"
 #include "infllm/backend/cuda/tile/barrier.cuh"
+#include "infllm/backend/cuda/tile/ring.cuh"
 #include "infllm/backend/cuda/tile/tma.cuh"
 #include "infllm/ops/kernels.h"
 
@@ -91,27 +92,13 @@ struct Share {
   int rows;
 };
 
-// The place of the next slot in the ring.
-struct Cursor {
-  int slot = 0;
-  std::uint32_t parity = 0;
-  __device__ void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // All rows, as slots become free.
 __device__ void load_rows(const Product& p, Shared& shared) {
   const Share share(p);
-  Cursor cursor;
+  RingCursor<kSlots> cursor;
   for (int row = 0; row < share.rows; row += p.slot_rows) {
     const int count = min(p.slot_rows, share.rows - row);
-    // The first round finds every slot empty: a barrier that nobody arrived at has "finished" the
-    // phase before its first.
-    mbarrier_wait(&shared.empty[cursor.slot], cursor.parity ^ 1);
+    mbarrier_wait(&shared.empty[cursor.slot], cursor.phase ^ 1);
     mbarrier_arrive_expect_tx(&shared.full[cursor.slot],
                               static_cast<std::uint32_t>(count * p.row_bytes));
     for (int k = 0; k < count; ++k) {
@@ -201,7 +188,7 @@ template <typename T, int kVectors>
 __device__ void multiply_rows(const Product& p, Shared& shared, const float (&norm)[kVector]) {
   constexpr int kSlotRows = slot_rows(kVectors);
   const Share share(p);
-  Cursor cursor;
+  RingCursor<kSlots> cursor;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   float x[kVectors][kVector];
@@ -223,7 +210,7 @@ __device__ void multiply_rows(const Product& p, Shared& shared, const float (&no
 #pragma unroll
     for (int row = 0; row < kFolded; row += kSlotRows) {
       if (first + row >= share.rows) break;
-      mbarrier_wait(&shared.full[cursor.slot], cursor.parity);
+      mbarrier_wait(&shared.full[cursor.slot], cursor.phase);
 #pragma unroll
       for (int i = 0; i < kSlotRows; ++i) {
         // Rows behind the last one are whatever is there; nobody asks for their sums.

@@ -21,14 +21,12 @@
 #include "infllm/backend/cuda/sm90/score_best.cuh"
 #include "infllm/backend/cuda/sm90/score_item.cuh"
 #include "infllm/backend/cuda/sm90/score_rows.cuh"
-#include "infllm/backend/cuda/tile/barrier.cuh"
+#include "infllm/backend/cuda/sm90/shared_memory.cuh"
+#include "infllm/backend/cuda/tile/ring.cuh"
 #include "infllm/backend/cuda/tile/tma.cuh"
 #include "infllm/backend/cuda/tile/wgmma.cuh"
 
 namespace infllm::cuda::sm90 {
-
-inline constexpr int kPanel = 64;               // elements of a row that lie together: 128 bytes
-inline constexpr int kMostShared = 227 * 1024;  // bytes of a block
 
 template <typename Element_, int kHeadDim_, int kGroup_, typename Key_>
 struct ScoreShape {
@@ -51,7 +49,7 @@ struct ScoreShape {
   static constexpr int kOtherBytes =  // queries, sums, lists, barriers
       kWarpgroups * 64 * kHeadDim * 2 + kWarps * kWarpTokens * kTileKeys * 4 +
       kTokens * kListBytes + 256;
-  static constexpr int kStages = std::min(6, (kMostShared - kOtherBytes) / kStageBytes);
+  static constexpr int kStages = std::min(6, (kSharedLimit - kOtherBytes) / kStageBytes);
   static_assert(kStages >= 2);
 };
 
@@ -65,19 +63,6 @@ struct ScoreMemory {
   std::uint64_t full[Shape::kStages];
   std::uint64_t empty[Shape::kStages];
   std::uint64_t queries_full[Shape::kWarpgroups];
-};
-
-// A position in the ring of key tiles.
-template <int kStages>
-struct RingCursor {
-  int slot = 0;
-  std::uint32_t phase = 0;
-  __device__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
 };
 
 // Named barriers, one for each warpgroup. 0 is __syncthreads().
@@ -119,7 +104,7 @@ class ScoreProducer {
   const ScoreMaps& maps_;
   const ScoreTask& task_;
   ScoreMemory<Shape>& memory_;
-  RingCursor<Shape::kStages> ring_;
+  tile::RingCursor<Shape::kStages> ring_;
 };
 
 template <typename Shape>
@@ -292,7 +277,7 @@ class ScoreConsumer {
   ScoreMemory<Shape>& memory_;
   const int warp_;
   const int lane_;
-  RingCursor<Shape::kStages> ring_;
+  tile::RingCursor<Shape::kStages> ring_;
   std::uint32_t queries_phase_ = 0;
   float lse0_ = 0;
   float lse1_ = 0;

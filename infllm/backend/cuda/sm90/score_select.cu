@@ -6,25 +6,10 @@
 #include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm90/score_kernel.cuh"
 #include "infllm/backend/cuda/sm90/score_select.h"
-#include "infllm/backend/cuda/tile/tensor_map.h"
+#include "infllm/backend/cuda/sm90/tensor_maps.h"
 
 namespace infllm::cuda::sm90 {
 namespace {
-
-// [T][Hq][D] as [D / 64][T][Hq][64], so that a box of 64 rows lands as the panels of an operand.
-Result<CUtensorMap> query_map(const ScoreParams& p, int group, int group_tokens) {
-  const auto dim = static_cast<std::uint64_t>(p.pages.layout.head_dim);
-  const std::uint64_t bytes = dim * 2;
-  const auto heads = static_cast<std::uint64_t>(p.heads_q);
-  return tile::make_tensor_map(
-      {.data = p.q,
-       .dtype = p.pages.layout.dtype,
-       .rank = 4,
-       .size = {kPanel, heads, static_cast<std::uint64_t>(p.batch.num_tokens), dim / kPanel},
-       .stride_bytes = {bytes, heads * bytes, 2 * kPanel},
-       .box = {kPanel, static_cast<std::uint32_t>(group), static_cast<std::uint32_t>(group_tokens),
-               static_cast<std::uint32_t>(dim / kPanel)}});
-}
 
 // [planes][rows][D] as [planes][D / 64][rows][64].
 Result<CUtensorMap> key_map(const ScoreParams& p, const void* keys, std::int64_t planes,
@@ -46,7 +31,8 @@ Status launch_shape(const Device& device, const ScoreSelectParams& params, const
                     const PooledKeys& keys) {
   const ScoreParams& p = params.score;
   ScoreMaps maps;
-  maps.queries = INFLLM_TRY(query_map(p, Shape::kGroup, Shape::kGroupTokens));
+  maps.queries = INFLLM_TRY(rows_map(p.pages.layout, p.heads_q, p.batch.num_tokens, p.q,
+                                     Shape::kGroupTokens, Shape::kPanels));
   // Where there are no windows, no token is scored and the map is not used.
   maps.fine = maps.coarse = maps.queries;
   if (sizes.fine_rows > 0) {
@@ -66,7 +52,7 @@ Status launch_shape(const Device& device, const ScoreSelectParams& params, const
                        .selection = params.select.selection,
                        .items = count_items(p.batch, heads_kv, Shape::kTokens)};
   constexpr std::size_t kShared = sizeof(ScoreMemory<Shape>);
-  static_assert(kShared <= kMostShared);
+  static_assert(kShared <= kSharedLimit);
   const auto grid = static_cast<unsigned>(std::min<std::int64_t>(task.items, device.sm_count));
   return start("score_select", score_select_kernel<Shape>, grid, Shape::kThreads, kShared,
                device.stream, maps, task);
