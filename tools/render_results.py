@@ -5,8 +5,8 @@
     tools/render_results.py [--root FOLDER]            write
     tools/render_results.py [--root FOLDER] --check    fail when a file would change
 
-docs/performance.md holds all measurements, docs/*.svg the pictures, and the region between the
-numbers marks of README.md the few that matter most.
+docs/performance.md holds all measurements, docs/*.svg the pictures, README.md the few that matter most:
+between marks, as on the pages of the other tables.
 """
 
 import argparse
@@ -21,32 +21,9 @@ import results
 import sanitizer_table
 import training_tables
 
-MARKS = ("numbers", "tools/render_results.py")
-HEADER = """# Performance
-
-Rendered from `bench/results/*.jsonl` by `tools/render_results.py`; `make bench` adds this machine's
-lines and renders again. Times are medians, with the fastest and the slowest run behind them. A
-peer ran right beside the measured code, on inputs of the same kind; a ratio above 1 means that the
-measured code is faster.
-
-On a GPU the peers are PyTorch's attention and, if it is installed, `infllm_v2`, the package of the
-published InfLLM-V2 kernels. From its sources, with two names that its CUTLASS misses in CUDA 13:
-
-```sh
-git clone --recursive https://github.com/OpenBMB/infllmv2_cuda_impl
-export NVCC_APPEND_FLAGS="-DPFN_cuTensorMapEncodeTiled=PFN_cuTensorMapEncodeTiled_v12000"
-NVCC_APPEND_FLAGS+=" -DPFN_cuTensorMapEncodeIm2col=PFN_cuTensorMapEncodeIm2col_v12000"
-pip install --no-build-isolation ./infllmv2_cuda_impl
-export INFLLM_V2_COMMIT=$(git -C infllmv2_cuda_impl rev-parse HEAD)
-(cd bench && python3 -m unittest published_peer_test)  # it computes what the algorithm says
-tools/gpu_bench.sh build/cuda bench/results/h200.jsonl attention backward
-```
-
-Its steps are called as MiniCPM4's model code calls them (`bench/published_peer.py`); the pooled keys,
-which it leaves to its caller, are PyTorch's means. One token's steps are replayed as a graph, as ours
-are; a prompt's are launched one after the other. Its gradients wait for the device on the way, which
-counts; that they give PyTorch's unused memory back twice a call does not.
-"""
+WRITER = "tools/render_results.py"
+README_MARKS = ("numbers", WRITER)
+PAGE_MARKS = ("measurements", WRITER)
 
 
 def number(value):
@@ -274,7 +251,7 @@ def charts(measurements):
 
 
 def performance(measurements, evaluations):
-    out = [HEADER]
+    out = []
     for name, (title, _) in charts(measurements).items():
         out.append(f"![{title}]({name})\n")
     for records in by_device(measurements).values():
@@ -361,9 +338,10 @@ def rendered(root):
     """{path: text} of every file that the results determine."""
     measurements, evaluations = results.load(root / "bench/results")
     files = {root / "docs" / name: svg for name, (_, svg) in charts(measurements).items()}
-    files[root / "docs/performance.md"] = performance(measurements, evaluations)
+    files.update(region.rendered(root / "docs/performance.md", *PAGE_MARKS,
+                                 lambda: performance(measurements, evaluations)))
     files.update(region.rendered(
-        root / "README.md", *MARKS,
+        root / "README.md", *README_MARKS,
         lambda: readme_numbers(measurements, evaluations) + training_tables.summary(root)))
     for tables in (training_tables, gpu_tests_table, sanitizer_table, calls_table):
         files.update(tables.rendered(root, files))

@@ -86,8 +86,10 @@ class RenderTest(unittest.TestCase):
         self.root = pathlib.Path(folder.name)
         (self.root / "bench/results").mkdir(parents=True)
         (self.root / "docs").mkdir()
-        (self.root / "README.md").write_text(
-            "# x\n{}\nold\n{}\nlast\n".format(*region.marks(*render_results.MARKS)), encoding="utf-8")
+        for page, marks in (("README.md", render_results.README_MARKS),
+                            ("docs/performance.md", render_results.PAGE_MARKS)):
+            (self.root / page).write_text(
+                "# x\n{}\nold\n{}\nlast\n".format(*region.marks(*marks)), encoding="utf-8")
 
     def write(self, *records, name="a.jsonl"):
         (self.root / "bench/results" / name).write_text(
@@ -109,8 +111,9 @@ class RenderTest(unittest.TestCase):
                       "100 (99-101) | dense | 700 | 7 | `012345678` |",
                       self.text("docs/performance.md"))
         self.assertIn("| 32K | 100 ms | 700 ms (dense) | 7x |", self.text("README.md"))
-        self.assertIn("last\n", self.text("README.md"))
-        self.assertNotIn("old", self.text("README.md"))
+        for page in ("README.md", "docs/performance.md"):
+            self.assertIn("last\n", self.text(page))
+            self.assertNotIn("old", self.text(page))
 
     def test_the_headline_of_a_layer_is_of_one_input(self):
         self.write(measurement(), measurement(input="random", ms=50.0, ms_low=50.0, ms_high=50.0,
