@@ -6,12 +6,13 @@
 //   std::unique_ptr<Engine> engine = INFLLM_TRY(Engine::create(model, tokenizer, {}));
 //   Completion answer = INFLLM_TRY(engine->generate({.prompt = ids, .on_text = print}));
 //
-//   engine->submit({.prompt = first, .on_done = ...});      // or several, batched continuously:
-//   engine->submit({.prompt = second, .on_done = ...});     // prompts' chunks and decodes share
-//   steps while (!engine->idle()) INFLLM_TRY(engine->step());
+//   engine->submit({.prompt = first, .on_done = ...});      // or several, batched continuously,
+//   engine->submit({.prompt = second, .on_done = ...});     // whose chunks and tokens share steps:
+//   while (!engine->idle()) INFLLM_TRY(engine->step());
 //
-// A request's text follows from its prompt, its sampling parameters and its seed; neither its
-// neighbours nor the chunk size nor what was cached before have a part in it.
+// A request's text follows from its prompt, its sampling parameters and its seed. Neighbours, the
+// chunk size and what was cached before have no part in it but for rounding: docs/numerics.md says
+// where they have none at all.
 //
 // All memory is allocated by create(): cache, workspace, logits. A request gets the pages it can
 // ever need before it starts, so nothing runs out half-way; it waits until they are free.

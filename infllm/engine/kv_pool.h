@@ -8,8 +8,8 @@
 //   if (!pool.extend(mine, tokens)) ...   // too few free pages; nothing changed
 //   pool.shrink(mine, 100);               // keeps the pages of the first 100 tokens
 //   std::vector<std::int32_t> yours = pool.share(mine);   // read by both, written by neither
-//   if (!INFLLM_TRY(pool.own(yours, 1))) ...              // all but the first copied: to be
-//   written pool.shrink(mine, 0);                 // what nobody else has is free again
+//   if (!INFLLM_TRY(pool.own(yours, 1))) ...   // all but the first copied, so that it may write
+//   pool.shrink(mine, 0);                      // what nobody else has is free again
 //
 // The pool holds no computation. Pages are not cleared: what a sequence may read is stated by its
 // length.
