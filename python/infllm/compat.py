@@ -28,6 +28,7 @@ from torch import Tensor
 
 import infllm
 from infllm.attention import attention
+from infllm.checks import check_given, check_tensors
 from infllm.config import SparseConfig
 
 _BLOCK = 64
@@ -74,8 +75,9 @@ def _refuse(**given: tuple[Any, Any]) -> None:
     for name, (value, expected) in given.items():
         same = value is None if expected is None else value == expected
         if not same:
-            raise NotImplementedError(f"{name} = {value!r}, expected {expected!r}: this package "
-                                      "does not do the other")
+            found = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(f"{name} = {found}, expected {expected!r}: this package does "
+                                      "not do the other")
 
 
 def _causal_enough(causal: bool, max_seqlen_q: int) -> None:
@@ -100,12 +102,14 @@ def infllmv2_attn_varlen_func(
     _refuse(dropout_p=(dropout_p, 0.0), window_size=(tuple(window_size), (-1, -1)),
             softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None),
             return_attn_probs=(return_attn_probs, False), block_table=(block_table, None))
+    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     max_seqlen_q, max_seqlen_k = int(max_seqlen_q), int(max_seqlen_k)
     _causal_enough(causal, max_seqlen_q)
     rest: dict[str, Any] = {}
     if topk_idx is not None:
         held = cu_seqlens_k.diff() - cu_seqlens_q.diff()
         positions, _ = _places(cu_seqlens_q, held, q.shape[0])
+        _check_blocks(topk_idx, k.shape[1], q.shape[0])
         rest = _over_blocks(topk_idx, positions, max_seqlen_k, block_window_size)
     return attention(q, k, v, cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32),
                      max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale, **rest)
@@ -117,6 +121,13 @@ def _places(cu_seqlens: Tensor, held: Tensor, total: int) -> tuple[Tensor, Tenso
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
     sequence = sequence.clamp(max=cu_seqlens.shape[0] - 2)
     return tokens - cu_seqlens[sequence] + held[sequence], sequence
+
+
+def _check_blocks(topk_idx: Tensor, heads_kv: int, tokens: int) -> None:
+    check_tensors(topk_idx=topk_idx)
+    if topk_idx.dim() != 3 or topk_idx.shape[:2] != (heads_kv, tokens) or topk_idx.shape[2] < 1:
+        raise ValueError(f"topk_idx: {list(topk_idx.shape)}, expected [{heads_kv}, {tokens}, K] "
+                         "with K >= 1")
 
 
 def _over_blocks(topk_idx: Tensor, positions: Tensor, max_seqlen_k: int,
@@ -151,6 +162,7 @@ def infllmv2_attn_stage1(
     Returns [Hkv, T, max_seqlen_k] in q's type, summed over the group's heads; 0 where nothing is
     visible. With causal, q are a sequence's first tokens and k its windows of 32 every 16.
     """
+    check_tensors(q=q, k=k, v=v)
     if cu_seqlens_v is None:
         v, cu_seqlens_v = k, cu_seqlens_k
     elif not isinstance(cu_seqlens_v, Tensor):
@@ -195,6 +207,7 @@ def max_pooling_1d(input: Tensor, cache_len: int, local_blocks: int, init_blocks
 
     With local_score = -inf the own block and the local_blocks - 1 before it come last instead.
     """
+    _check_scores(input)
     tokens = input.shape[1]
     positions = torch.arange(tokens, device=input.device) + int(cache_len)
     windows = torch.full_like(positions, input.shape[2])
@@ -209,10 +222,17 @@ def max_pooling_1d_varlen(
     block_size: int = 64, stride: int = 16, total_q: int = -1, *, local_score: float = torch.inf,
 ) -> Tensor:
     """``max_pooling_1d`` of packed sequences; cu_seqlens_k counts windows."""
+    _check_scores(input)
     positions, sequence = _places(cu_seqlens_q, cache_lens, input.shape[1])
     blocks = -(-(int(max_seqlen_q) + int(cache_lens.max())) // block_size)
     return _pool(input, positions, cu_seqlens_k.diff()[sequence], blocks, local_blocks,
                  init_blocks, block_size, stride, local_score)
+
+
+def _check_scores(input: Tensor) -> None:
+    check_tensors(input=input)
+    if input.dim() != 3:
+        raise ValueError(f"input: {list(input.shape)}, expected [Hkv, T, W]")
 
 
 def _pool(scores: Tensor, positions: Tensor, windows: Tensor, blocks: int, local_blocks: int,
@@ -250,6 +270,11 @@ def infllmv2_attn_with_kvcache(
     _refuse(rotary_cos=(rotary_cos, None), rotary_sin=(rotary_sin, None),
             cache_leftpad=(cache_leftpad, None), window_size=(tuple(window_size), (-1, -1)),
             softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None))
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_given(k=k, v=v, block_table=block_table, cache_batch_idx=cache_batch_idx)
+    if q.dim() != 4 or k_cache.dim() != 4:
+        raise ValueError(f"q and k_cache: {list(q.shape)} and {list(k_cache.shape)}, expected "
+                         "[B, Sq, Hq, D] and [B, S, Hkv, D], or pages")
     batch, new, _, _ = q.shape
     _causal_enough(causal, new)
     if cache_seqlens is None:
@@ -261,12 +286,19 @@ def infllmv2_attn_with_kvcache(
         raise ValueError("cache_batch_idx: given with block_table, expected one of them")
     lengths = cache_seqlens.tolist() if isinstance(cache_seqlens, Tensor) else \
         [cache_seqlens] * batch
+    if len(lengths) != batch:
+        raise ValueError(f"cache_seqlens: {len(lengths)} lengths, expected {batch} as q has rows")
+    added = 0 if k is None else new
+    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if max(lengths, default=0) + added > room:
+        raise ValueError(f"cache_seqlens: {max(lengths)} keys and {added} new ones, but k_cache "
+                         f"has room for {room} in a row")
     owners = range(batch) if cache_batch_idx is None else cache_batch_idx.tolist()
     packed: list[list[Tensor]] = [[], []]
     for b, (held, owner) in enumerate(zip(lengths, owners, strict=True)):
-        for cache, fresh, keys in ((k_cache, k, packed[0]), (v_cache, v, packed[1])):
+        for cache, fresh, taken in ((k_cache, k, packed[0]), (v_cache, v, packed[1])):
             size = cache.shape[1]
-            rows = torch.arange(held + (new if fresh is not None else 0), device=q.device)
+            rows = torch.arange(held + added, device=q.device)
             if block_table is None:
                 rows = rows + owner * size
             else:
@@ -276,17 +308,20 @@ def infllmv2_attn_with_kvcache(
                 # Pages of one cache are contiguous, so this view writes through.
                 flat = cache.view(-1, *cache.shape[2:])
                 flat[rows[held:]] = fresh[b].to(cache.dtype)
-            keys.append(flat[rows])
+            taken.append(flat[rows])
     totals = [len(x) for x in packed[0]]
+    longest = max(totals, default=new)
     starts = torch.tensor([0, *totals], dtype=torch.int32, device=q.device)
     queries = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
     rest: dict[str, Any] = {}
     if topk_idx is not None:
         held = torch.tensor(totals, device=q.device) - new
         positions, _ = _places(queries, held, batch * new)
-        rest = _over_blocks(topk_idx, positions, max(totals), block_window_size)
-    out, lse = attention(q.flatten(0, 1), torch.cat(packed[0]), torch.cat(packed[1]), queries,
-                         starts.cumsum(0, dtype=torch.int32), new, max(totals),
+        _check_blocks(topk_idx, k_cache.shape[2], batch * new)
+        rest = _over_blocks(topk_idx, positions, longest, block_window_size)
+    keys, values = (torch.cat([*x, k_cache.flatten(0, 1)[:0]]) for x in packed)
+    out, lse = attention(q.flatten(0, 1), keys, values, queries,
+                         starts.cumsum(0, dtype=torch.int32), new, longest,
                          softmax_scale=softmax_scale, return_lse=True, **rest)
     out = out.view(q.shape)
     return (out, lse.unflatten(1, (batch, new)).transpose(0, 1)) if return_softmax_lse else out

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
+from typing import Any
 
 import oracle
 import pytest
@@ -171,6 +173,50 @@ def test_refused_options() -> None:
                     {"causal": False}, {"alibi_slopes": torch.ones(2)}):
         with pytest.raises(NotImplementedError, match=next(iter(options))):
             compat.infllmv2_attn_varlen_func(q, q, q, cu, cu, 4, 4, **{"causal": True, **options})
+
+
+# What the published package takes, in its order.
+ORDER = {
+    "infllmv2_attn_varlen_func":
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale causal "
+        "window_size softcap alibi_slopes deterministic return_attn_probs block_table topk_idx",
+    "infllmv2_attn_stage1":
+        "q k v cu_seqlens_q cu_seqlens_k cu_seqlens_v max_seqlen_q max_seqlen_k dropout_p "
+        "softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs "
+        "block_table",
+    "infllmv2_attn_with_kvcache":
+        "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad "
+        "block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes "
+        "num_splits return_softmax_lse topk_idx",
+    "max_pooling_1d": "input cache_len local_blocks init_blocks block_size stride",
+    "max_pooling_1d_varlen":
+        "input cu_seqlens_q cu_seqlens_k cache_lens max_seqlen_q max_seqlen_k local_blocks "
+        "init_blocks block_size stride",
+    "topk_to_uint64": "topk_idx max_seqlen_k block_size memory_buffer",
+    "blockmask_to_uint64": "blockmask",
+    "uint64_to_bool": "uint64_array last_dim_size",
+}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_argument_order(name: str) -> None:
+    names = list(inspect.signature(getattr(compat, name)).parameters)
+    expected = ORDER[name].split()
+    assert names[:len(expected)] == expected
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"cache_seqlens": 17}, "cache_seqlens: 17 keys and 0 new ones, but k_cache has room for 16"),
+    ({"cache_seqlens": torch.ones(2)}, "cache_seqlens: 2 lengths, expected 1"),
+    ({"q": torch.zeros(1, 2, 16)}, r"q and k_cache: \[1, 2, 16\] and \[1, 16, 2, 16\], expected"),
+    ({"topk_idx": torch.zeros(2, 9, 1)}, r"topk_idx: \[2, 9, 1\], expected \[2, 1, K\]"),
+    ({"rotary_cos": torch.zeros(3)}, "rotary_cos = a tensor, expected None"),
+])
+def test_refused_steps(change: dict[str, Any], message: str) -> None:
+    cache = torch.zeros(1, 16, 2, 16)
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        compat.infllmv2_attn_with_kvcache(**{"q": cache[:, :1], "k_cache": cache, "v_cache": cache,
+                                             "cache_seqlens": 16, **change})
 
 
 def test_alias() -> None:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
+from cases import SMALL
 
 import infllm
 
@@ -111,6 +114,22 @@ def test_gradients(model: torch.nn.Module) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         grads.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+def test_sparse_config_is_saved(model: torch.nn.Module, tmp_path: pathlib.Path) -> None:
+    ids = torch.randint(1, 64, (1, 300))
+    model.set_attn_implementation("infllm")
+    hf.set_sparse_config(model, SMALL)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="infllm")
+    assert hf.sparse_config_of(again) == SMALL
+    with torch.no_grad():
+        sparse = model(ids).logits
+        assert torch.equal(again(ids).logits, sparse)
+        hf.set_sparse_config(model, None)
+        assert not torch.equal(model(ids).logits, sparse)
+    with pytest.raises(TypeError, match="sparse_config: dict, expected infllm.SparseConfig"):
+        hf.set_sparse_config(model, {"topk": 3})
 
 
 def test_sparse_config_is_followed(model: torch.nn.Module) -> None:

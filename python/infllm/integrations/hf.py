@@ -4,7 +4,7 @@
     import infllm.integrations.hf as hf
     hf.register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="infllm")
-    hf.set_sparse_config(model, infllm.SparseConfig())    # without it: the config.json's, or dense
+    hf.set_sparse_config(model, infllm.SparseConfig())  # without it: config.json's, or dense
 
 Any model whose attention goes through transformers' AttentionInterface, causal and without sliding
 windows. Padding masks are followed, and so are packed sequences, told by position_ids that begin
@@ -14,6 +14,8 @@ are not waited for, and are the way to have packed ones under torch.compile.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import weakref
 from typing import Any
 
@@ -21,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from infllm.attention import Options, attention
+from infllm.checks import check_config
 from infllm.config import SparseConfig
 
 NAME = "infllm"
-_ATTRIBUTE = "_infllm_sparse_config"
 
 
 def register(name: str = NAME) -> None:
@@ -50,22 +52,26 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor
 
 
 def set_sparse_config(model: nn.Module, config: SparseConfig | None) -> None:
-    """What the model's layers attend with; None: densely."""
-    model.config.__dict__[_ATTRIBUTE] = config
+    """What the model's layers attend with; None: densely. It is saved in the model's config.json."""
+    check_config(config)
     for module in model.modules():
         if hasattr(module, "config"):
-            module.config.__dict__[_ATTRIBUTE] = config
+            module.config.sparse_config = None if config is None else dataclasses.asdict(config)
 
 
 def sparse_config_of(module: nn.Module) -> SparseConfig | None:
     """The config that was set, or that of config.json (``sparse_config``), or None."""
-    config = getattr(module, "config", None)
-    if config is None:
-        return None
-    if _ATTRIBUTE in config.__dict__:
-        return config.__dict__[_ATTRIBUTE]
-    values = getattr(config, "sparse_config", None)
-    return SparseConfig.from_dict(values) if isinstance(values, dict) else values
+    values = getattr(getattr(module, "config", None), "sparse_config", None)
+    if not isinstance(values, dict):
+        return values
+    if torch.compiler.is_compiling():
+        return SparseConfig.from_dict(values)
+    return _config_of(tuple(values.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _config_of(items: tuple[tuple[str, Any], ...]) -> SparseConfig:
+    return SparseConfig.from_dict(dict(items))
 
 
 def attention_forward(
