@@ -12,6 +12,8 @@ import pathlib
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 380, 56, 130, 40, 44
 COLOURS = ["#555555", "#b5442e", "#1f6f8b", "#7a6a1f", "#5b3f8c"]
+LABELS = {"dense": "(a) dense", "sparse": "(b) sparse", "aligned": "(d) sparse, taught",
+          "taught": "(e) dense, taught"}  # fmt: skip
 TITLES = {
     "text_loss": "Loss of the text, single steps",
     "answer_loss": "Loss of the answers, single steps",
@@ -38,7 +40,7 @@ def curves(paths, field):
     seed = min((r["seed"] for r in records if r["phase"] != "pretrain"), default=None)
     for record in records:
         if record["phase"] == "pretrain" or record["seed"] == seed:
-            name = "short, dense" if record["phase"] == "pretrain" else record["arm"]
+            name = "short, dense" if record["phase"] == "pretrain" else LABELS[record["arm"]]
             y = 1 - record["answer_tokens_right"] if field == "wrong" else record[field]
             runs.setdefault(name, []).append((record["tokens"] / 1e6, y))
     start = max((x for x, _ in runs.get("short, dense", [])), default=0.0)
