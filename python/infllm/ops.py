@@ -46,12 +46,13 @@ def differentiate(name: str, save: Callable[..., None], gradients: Callable[...,
     torch.library makes of the gradients does not take part in that."""
     torch.library.register_autograd(f"infllm::{name}", gradients, setup_context=save, lib=library)
     operator = getattr(torch.ops.infllm, name)
+    transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
     transformed: Any = type(name, (torch.autograd.Function,), {
         "forward": staticmethod(operator), "setup_context": staticmethod(save),
         "backward": staticmethod(gradients), "generate_vmap_rule": True})
 
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or not transforming():
             return operator(*inputs)
         return transformed.apply(*inputs)
 

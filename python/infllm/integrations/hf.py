@@ -54,9 +54,9 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor
 def set_sparse_config(model: nn.Module, config: SparseConfig | None) -> None:
     """What the model's layers attend with; None: densely. It is saved in the model's config.json."""
     check_config(config)
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.sparse_config = None if config is None else dataclasses.asdict(config)
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    for found in configs:
+        found.sparse_config = None if config is None else dataclasses.asdict(config)
 
 
 def sparse_config_of(module: nn.Module) -> SparseConfig | None:
