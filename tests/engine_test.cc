@@ -13,14 +13,15 @@
 #include <random>
 
 #include "infllm/backend/open.h"
-#include "infllm/engine/generation_config.h"
 #include "infllm/engine/utf8.h"
 #include "tests/support/model_rig.h"
 
 namespace infllm::engine {
 namespace {
 
-constexpr std::int32_t kVocabulary = 320;
+using testing::kGoldenVocabulary;
+using testing::random_tokens;
+
 constexpr std::int32_t kDenseLength = 150;
 
 // 256 byte tokens, so that random ids give broken and whole UTF-8, and words.
@@ -30,20 +31,13 @@ Tokenizer byte_tokenizer() {
     spec.pieces.push_back(fmt::format("<0x{:02X}>", byte));
     spec.types.push_back(PieceType::kByte);
   }
-  for (int i = 256; i < kVocabulary; ++i) {
+  for (int i = 256; i < kGoldenVocabulary; ++i) {
     spec.pieces.push_back(fmt::format("\xC3\xA9{}", i));
     spec.types.push_back(PieceType::kNormal);
   }
   spec.byte_fallback = true;
   spec.decoder.byte_fallback = true;
   return Tokenizer::create(std::move(spec)).value();
-}
-
-std::vector<std::int32_t> prompt_of(std::int32_t length, std::uint32_t seed) {
-  std::mt19937 random(seed);
-  std::vector<std::int32_t> ids(length);
-  for (auto& id : ids) id = static_cast<std::int32_t>(random() % kVocabulary);
-  return ids;
 }
 
 Request greedy(std::vector<std::int32_t> prompt, std::int32_t max_tokens = -1) {
@@ -54,15 +48,8 @@ class EngineTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     const Backend backend = open_backend("reference", {.threads = 2}).value();
-    model_ = new model::Model(testing::load_golden(backend, "minicpm-tied",
-                                                   {.sparse = true,
-                                                    .kernel_size = 8,
-                                                    .kernel_stride = 4,
-                                                    .init_blocks = 1,
-                                                    .block_size = 16,
-                                                    .window_size = 16,
-                                                    .topk = 3,
-                                                    .dense_len = kDenseLength}));
+    model_ = new model::Model(
+        testing::load_golden(backend, "minicpm-tied", testing::sparse_from(kDenseLength)));
     tokenizer_ = new Tokenizer(byte_tokenizer());
   }
   static void TearDownTestSuite() {
@@ -92,7 +79,7 @@ constexpr std::int32_t kLengths[] = {1, 40, 60, 64, 65, 140, 149, 150, 151, 220}
 
 TEST_F(EngineTest, ChunkSizeChangesNothing) {
   for (const std::int32_t length : kLengths) {
-    const Request request = greedy(prompt_of(length, 1), 16);
+    const Request request = greedy(random_tokens(length, 1), 16);
     const Completion whole = fresh(request, {.chunk_tokens = 512});
     ASSERT_EQ(whole.tokens.size(), 16u);
     for (const std::int32_t chunk : {1, 7, 16, 33, 64}) {
@@ -108,7 +95,7 @@ TEST_F(EngineTest, NeighboursChangeNothing) {
   std::vector<Request> requests;
   for (std::size_t i = 0; i < std::size(kLengths); ++i) {
     // Some greedy, some drawn.
-    Request request = greedy(prompt_of(kLengths[i], i), static_cast<std::int32_t>(8 + i));
+    Request request = greedy(random_tokens(kLengths[i], i), static_cast<std::int32_t>(8 + i));
     request.sampling = {.temperature = i % 2 == 0 ? 0.f : 1.f, .seed = i};
     requests.push_back(request);
     request.on_done = [&together, i](const Completion& done) { together[i] = done; };
@@ -127,11 +114,11 @@ TEST_F(EngineTest, NeighboursChangeNothing) {
 TEST_F(EngineTest, CachedPrefixChangesNothing) {
   std::mt19937 random(5);
   const auto engine = make();
-  const std::vector<std::int32_t> base = prompt_of(300, 9);
+  const std::vector<std::int32_t> base = random_tokens(300, 9);
   bool has_reused = false;
   for (int turn = 0; turn < 25; ++turn) {
     std::vector<std::int32_t> prompt(base.begin(), base.begin() + 1 + random() % 250);
-    for (std::int32_t id : prompt_of(random() % 20, turn)) prompt.push_back(id);
+    for (std::int32_t id : random_tokens(random() % 20, turn)) prompt.push_back(id);
     const Request request = greedy(prompt, 12);
     const Completion reused = engine->generate(request).value();
     EXPECT_EQ(reused.tokens, fresh(request).tokens)
@@ -153,13 +140,13 @@ TEST_F(EngineTest, DocumentIsComputedOnceForQuestionsThatComeTogether) {
                                 .max_sequences = sequences,
                                 .cache_tokens = 300 + (sequences - 1) * 80,
                                 .chunk_tokens = 48});
-      const std::vector<std::int32_t> document = prompt_of(length, 17);
+      const std::vector<std::int32_t> document = random_tokens(length, 17);
       std::vector<Request> requests;
       std::vector<Completion> together(7);
       for (std::uint32_t i = 0; i < together.size(); ++i) {
         std::vector<std::int32_t> prompt = document;
         prompt.push_back(static_cast<std::int32_t>(i));
-        for (const std::int32_t id : prompt_of(3 * i, i)) prompt.push_back(id);
+        for (const std::int32_t id : random_tokens(3 * i, i)) prompt.push_back(id);
         requests.push_back(greedy(prompt, 10));
         Request request = requests.back();
         request.on_done = [&together, i](const Completion& done) { together[i] = done; };
@@ -180,7 +167,7 @@ TEST_F(EngineTest, DocumentIsComputedOnceForQuestionsThatComeTogether) {
 // cut, lent on and evicted, in a cache that is too small for all.
 TEST_F(EngineTest, LentPagesChangeNothing) {
   std::mt19937 random(11);
-  const std::vector<std::int32_t> base = prompt_of(260, 21);
+  const std::vector<std::int32_t> base = random_tokens(260, 21);
   const auto engine =
       make({.context = 300, .max_sequences = 4, .cache_tokens = 700, .chunk_tokens = 64});
   struct Turn {
@@ -192,7 +179,7 @@ TEST_F(EngineTest, LentPagesChangeNothing) {
   std::int32_t reused = 0;
   for (int i = 0; i < 60; ++i) {
     std::vector<std::int32_t> prompt(base.begin(), base.begin() + 1 + random() % base.size());
-    for (std::int32_t id : prompt_of(random() % 20, i % 7)) prompt.push_back(id);
+    for (std::int32_t id : random_tokens(random() % 20, i % 7)) prompt.push_back(id);
     Turn& turn = turns.emplace_back();
     turn.request = greedy(prompt, static_cast<std::int32_t>(1 + random() % 14));
     Request request = turn.request;
@@ -219,7 +206,7 @@ TEST_F(EngineTest, LentPagesChangeNothing) {
 // Nobody who needs nothing of it waits behind a document that is being computed.
 TEST_F(EngineTest, OthersPassWhoWaitsForABeginning) {
   const auto engine = make({.max_sequences = 3, .chunk_tokens = 32});
-  const std::vector<std::int32_t> document = prompt_of(220, 1);
+  const std::vector<std::int32_t> document = random_tokens(220, 1);
   std::vector<int> order;
   const auto ask = [&](int name, std::vector<std::int32_t> prompt) {
     Request request = greedy(std::move(prompt), 2);
@@ -231,17 +218,17 @@ TEST_F(EngineTest, OthersPassWhoWaitsForABeginning) {
   std::vector<std::int32_t> longer = document;
   longer.push_back(7);
   ask(1, longer);
-  ask(2, prompt_of(8, 2));
+  ask(2, random_tokens(8, 2));
   while (!engine->idle()) ASSERT_TRUE(engine->step().ok());
   EXPECT_EQ(order, (std::vector<int>{2, 0, 1}));
 }
 
 TEST_F(EngineTest, ConversationReusesAllOfThePreviousTurn) {
   const auto engine = make();
-  std::vector<std::int32_t> prompt = prompt_of(200, 3);
+  std::vector<std::int32_t> prompt = random_tokens(200, 3);
   const Completion first = engine->generate(greedy(prompt, 10)).value();
   prompt.insert(prompt.end(), first.tokens.begin(), first.tokens.end());
-  const std::vector<std::int32_t> more = prompt_of(5, 4);
+  const std::vector<std::int32_t> more = random_tokens(5, 4);
   prompt.insert(prompt.end(), more.begin(), more.end());
   const Completion second = engine->generate(greedy(prompt, 4)).value();
   EXPECT_EQ(second.timings.reused_tokens, 209);  // the last answer token was never computed
@@ -250,7 +237,7 @@ TEST_F(EngineTest, ConversationReusesAllOfThePreviousTurn) {
 TEST_F(EngineTest, DenseOptionIsTheModelWithoutSparseConfig) {
   const Backend backend = open_backend("reference", {.threads = 2}).value();
   const model::Model plain = testing::load_golden(backend, "minicpm-tied");
-  const Request request = greedy(prompt_of(220, 1), 16);
+  const Request request = greedy(random_tokens(220, 1), 16);
   const Completion dense = fresh(request, {.dense = true});
   EXPECT_EQ(dense.tokens,
             Engine::create(plain, *tokenizer_, {}).value()->generate(request).value().tokens);
@@ -263,7 +250,7 @@ TEST_F(EngineTest, DenseOptionIsTheModelWithoutSparseConfig) {
 TEST_F(EngineTest, StreamIsTheWholeTextInValidPieces) {
   for (std::uint32_t seed = 0; seed < 5; ++seed) {
     std::string streamed;
-    const Completion done = fresh({.prompt = prompt_of(30, seed),
+    const Completion done = fresh({.prompt = random_tokens(30, seed),
                                    .sampling = {.temperature = 5, .seed = seed},
                                    .max_tokens = 100,
                                    .on_text = [&streamed](std::string_view text) {
@@ -276,7 +263,7 @@ TEST_F(EngineTest, StreamIsTheWholeTextInValidPieces) {
 }
 
 TEST_F(EngineTest, StopStringEndsTheTextBeforeIt) {
-  Request request = greedy(prompt_of(30, 2), 60);
+  Request request = greedy(random_tokens(30, 2), 60);
   const Completion whole = fresh(request);
   for (std::size_t at = 0; at + 3 < whole.text.size(); at += 5) {
     request.stop = {"never there", whole.text.substr(at, 3)};
@@ -291,7 +278,7 @@ TEST_F(EngineTest, StopStringEndsTheTextBeforeIt) {
 }
 
 TEST_F(EngineTest, EndOfSequenceTokenEndsTheAnswerUnlessIgnored) {
-  Request request = greedy(prompt_of(30, 2), 20);
+  Request request = greedy(random_tokens(30, 2), 20);
   const Completion whole = fresh(request);
   request.eos = {whole.tokens[7]};
   const auto first = std::ranges::find(whole.tokens, whole.tokens[7]) - whole.tokens.begin();
@@ -309,13 +296,13 @@ TEST_F(EngineTest, CancellingGivesPagesBackInThePromptAndInTheAnswer) {
     std::optional<Completion> done;
     bool other_done = false;
     ASSERT_TRUE(engine
-                    ->submit({.prompt = prompt_of(220, 1),
+                    ->submit({.prompt = random_tokens(220, 1),
                               .sampling = {.temperature = 0},
                               .cancelled = &cancelled,
                               .on_done = [&done](const Completion& c) { done = c; }})
                     .ok());
     ASSERT_TRUE(engine
-                    ->submit({.prompt = prompt_of(20, 1),
+                    ->submit({.prompt = random_tokens(20, 1),
                               .max_tokens = 30,
                               .on_done =
                                   [&other_done](const Completion& c) {
@@ -336,8 +323,8 @@ TEST_F(EngineTest, CancellingGivesPagesBackInThePromptAndInTheAnswer) {
 
 TEST_F(EngineTest, ContextBoundsPromptAndAnswer) {
   const auto engine = make({.context = 50});
-  EXPECT_EQ(engine->submit({.prompt = prompt_of(50, 1)}).code(), StatusCode::kInvalidArgument);
-  const Completion done = engine->generate({.prompt = prompt_of(45, 1)}).value();
+  EXPECT_EQ(engine->submit({.prompt = random_tokens(50, 1)}).code(), StatusCode::kInvalidArgument);
+  const Completion done = engine->generate({.prompt = random_tokens(45, 1)}).value();
   EXPECT_EQ(done.reason, FinishReason::kLength);
   EXPECT_EQ(done.tokens.size(), 5u);
 }
@@ -345,7 +332,7 @@ TEST_F(EngineTest, ContextBoundsPromptAndAnswer) {
 TEST_F(EngineTest, RefusesWhatCannotWork) {
   const auto engine = make();
   EXPECT_EQ(engine->submit({}).message(), "the prompt is empty");
-  const Status beyond = engine->submit({.prompt = {1, kVocabulary}});
+  const Status beyond = engine->submit({.prompt = {1, kGoldenVocabulary}});
   EXPECT_EQ(beyond.code(), StatusCode::kInvalidArgument);
   EXPECT_NE(beyond.message().find("token 320"), std::string::npos) << beyond.message();
   EXPECT_TRUE(engine->idle());
@@ -374,7 +361,7 @@ TEST_F(EngineTest, TimingsAddUp) {
   const auto engine = make({.chunk_tokens = 50});
   std::vector<std::int32_t> progress;
   const Completion done = engine
-                              ->generate({.prompt = prompt_of(220, 1),
+                              ->generate({.prompt = random_tokens(220, 1),
                                           .max_tokens = 9,
                                           .on_prompt =
                                               [&progress](std::int32_t count, std::int32_t total) {
@@ -393,39 +380,6 @@ TEST_F(EngineTest, TimingsAddUp) {
   EXPECT_GT(t.prompt_times.attention.attend, 0);
   EXPECT_LE(t.prompt_times.total(), t.prompt_seconds);
   EXPECT_LE(t.eval_times.total(), t.eval_seconds);
-}
-
-TEST(GenerationConfig, FollowsTheFile) {
-  const GenerationConfig drawn =
-      parse_generation_config(
-          R"({"do_sample": true, "temperature": 0.8, "top_p": 0.8, "top_k": null})")
-          .value();
-  EXPECT_FLOAT_EQ(drawn.sampling.temperature, 0.8f);
-  EXPECT_FLOAT_EQ(drawn.sampling.top_p, 0.8f);
-  EXPECT_EQ(drawn.sampling.top_k, 0);
-  const GenerationConfig fixed =
-      parse_generation_config(R"({"do_sample": false, "temperature": 0.8, "max_new_tokens": 64})")
-          .value();
-  EXPECT_EQ(fixed.sampling.temperature, 0);
-  EXPECT_EQ(fixed.max_new_tokens, 64);
-  for (const char* bad :
-       {R"({"do_sample": true, "top_p": "high"})", R"({"do_sample": true, "temperature": -1})",
-        R"({"max_new_tokens": 1e300})", "[]", "{"}) {
-    EXPECT_EQ(parse_generation_config(bad).status().code(), StatusCode::kDataError) << bad;
-  }
-}
-
-// By hand: 4 blocks of 16 (3 + 1 of window); token 100 has 7 causal blocks and sees 3 * 16 + 5
-// keys.
-TEST(Visibility, CountsBlocks) {
-  const SparseConfig config{.block_size = 16, .window_size = 16, .topk = 3};
-  Visibility seen;
-  seen.add(100, 101, &config);
-  EXPECT_EQ(seen.attended, 53);
-  EXPECT_EQ(seen.causal, 101);
-  Visibility early;
-  early.add(0, 64, &config);
-  EXPECT_EQ(early.share(), 1);
 }
 
 }  // namespace

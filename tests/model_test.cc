@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <random>
 
 #include "infllm/backend/open.h"
 #include "infllm/ops/kernels.h"
@@ -27,13 +26,6 @@ const char* const kBf16Cases[] = {"llama-yarn-bf16", "minicpm-bf16"};
 
 // Sparse from the first token on, few blocks: 1 sink, 1 + 1 local, 2 others.
 const model::Overrides kSparse{.window_size = 64, .topk = 4, .dense_len = -1};
-
-std::vector<std::int32_t> random_tokens(std::size_t count, std::uint32_t seed) {
-  std::mt19937 random(seed);
-  std::vector<std::int32_t> tokens(count);
-  for (std::int32_t& token : tokens) token = static_cast<std::int32_t>(random() % 320);
-  return tokens;
-}
 
 std::vector<std::int32_t> part(const std::vector<std::int32_t>& tokens, std::size_t first,
                                std::size_t last) {
@@ -313,7 +305,7 @@ class ForwardErrors : public ::testing::Test {
   std::int32_t zero_ = 0;
   std::int32_t one_ = 1;
   std::int32_t starts_[2] = {0, 1};
-  double logits_[320] = {};
+  double logits_[kGoldenVocabulary] = {};
   std::vector<std::byte> workspace_ = std::vector<std::byte>(std::size_t{1} << 20);
   model::ForwardParams params_;
 };

@@ -9,7 +9,6 @@
 #include <gtest/gtest.h>
 
 #include <numeric>
-#include <random>
 
 #include "infllm/backend/open.h"
 #include "infllm/engine/engine.h"
@@ -24,34 +23,20 @@
 namespace infllm::engine {
 namespace {
 
-constexpr std::int32_t kVocabulary = 320;
+using testing::kGoldenVocabulary;
+using testing::random_tokens;
 
 Tokenizer byte_tokenizer() {
   TokenizerSpec spec;
-  for (int i = 0; i < kVocabulary; ++i) {
+  for (int i = 0; i < kGoldenVocabulary; ++i) {
     spec.pieces.push_back(fmt::format("p{}", i));
     spec.types.push_back(PieceType::kNormal);
   }
   return testing::must(Tokenizer::create(std::move(spec)));
 }
 
-std::vector<std::int32_t> prompt_of(std::int32_t length, std::uint32_t seed) {
-  std::mt19937 random(seed);
-  std::vector<std::int32_t> ids(static_cast<std::size_t>(length));
-  for (auto& id : ids) id = static_cast<std::int32_t>(random() % kVocabulary);
-  return ids;
-}
-
 model::Model load(const Backend& backend) {
-  return testing::load_golden(backend, "minicpm-tied",
-                              {.sparse = true,
-                               .kernel_size = 8,
-                               .kernel_stride = 4,
-                               .init_blocks = 1,
-                               .block_size = 16,
-                               .window_size = 16,
-                               .topk = 3,
-                               .dense_len = 150});
+  return testing::load_golden(backend, "minicpm-tied", testing::sparse_from(150));
 }
 
 // Dense, sparse, and answers that cross the border; greedy and drawn in every way that the best
@@ -66,7 +51,7 @@ std::vector<Request> requests() {
   std::vector<Request> list;
   for (const std::int32_t length : {1, 40, 64, 140, 149, 220}) {
     const std::size_t i = list.size();
-    list.push_back({.prompt = prompt_of(length, static_cast<std::uint32_t>(length)),
+    list.push_back({.prompt = random_tokens(length, static_cast<std::uint32_t>(length)),
                     .sampling = ways[i],
                     .max_tokens = static_cast<std::int32_t>(12 + 5 * i)});
   }
@@ -121,7 +106,7 @@ TEST(Runner, LogitsOfAReplayAreThoseOfARun) {
       testing::must(Runner::create(model, pool, {.max_tokens = 64, .max_kv_length = 310}));
   const ModeRule rule{.sparse = model.config().sparse};
   Sequence sequence;
-  sequence.restart(prompt_of(160, 1), rule, pool);
+  sequence.restart(random_tokens(160, 1), rule, pool);
   ASSERT_TRUE(pool.extend(sequence.pages, 300));
   const auto advance = [&](std::int32_t tokens, model::ForwardTimes* times) {
     const Work work{&sequence, tokens, 1.0f};
@@ -134,7 +119,7 @@ TEST(Runner, LogitsOfAReplayAreThoseOfARun) {
   }
   EXPECT_FALSE(plan.repeatable());
   for (int step = 0; step < 40; ++step) {
-    sequence.tokens.push_back(step * 7 % kVocabulary);
+    sequence.tokens.push_back(step * 7 % kGoldenVocabulary);
     advance(1, nullptr);
     EXPECT_TRUE(plan.repeatable());
     EXPECT_EQ(recorder.replays(), step);  // the first one runs as it is
@@ -167,7 +152,7 @@ TEST(Runner, AnObserverSeesWhatEachLayerChooses) {
       testing::must(Runner::create(model, pool, {.max_tokens = 200, .max_kv_length = 200}));
   const ModeRule rule{.sparse = model.config().sparse};
   Sequence sequence;
-  sequence.restart(prompt_of(200, 1), rule, pool);
+  sequence.restart(random_tokens(200, 1), rule, pool);
   ASSERT_TRUE(pool.extend(sequence.pages, 200));
   const Work work{&sequence, 200};
   testing::must(plan.build({&work, 1}, rule, pool));
@@ -215,7 +200,7 @@ TEST_P(RunnerOn, RecordedStepsGiveTheSameText) {
     const std::int32_t lengths[] = {1, 100, 2030, 2047, 2048, 3000};
     std::vector<std::vector<std::int32_t>> tokens(std::size(lengths));
     for (std::size_t i = 0; i < tokens.size(); ++i) {
-      Request request{.prompt = prompt_of(lengths[i], 7),
+      Request request{.prompt = random_tokens(lengths[i], 7),
                       .sampling = {.temperature = 0.8f, .top_p = 0.9f, .seed = 3},
                       .max_tokens = 40,
                       .ignore_eos = true};

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <utility>
 
 #include "infllm/core/mapped_file.h"
@@ -172,6 +173,26 @@ model::Model load_golden(const Backend& backend, const std::string& name,
   must(apply_overrides(config, overrides));
   const auto source = must(model::open_checkpoint(folder));
   return must(model::Model::load(backend, config, *source, options));
+}
+
+model::Overrides sparse_from(std::int32_t dense_len) {
+  return {.sparse = true,
+          .kernel_size = 8,
+          .kernel_stride = 4,
+          .init_blocks = 1,
+          .block_size = 16,
+          .window_size = 16,
+          .topk = 3,
+          .dense_len = dense_len};
+}
+
+std::vector<std::int32_t> random_tokens(std::int32_t count, std::uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<std::int32_t> tokens(static_cast<std::size_t>(count));
+  for (std::int32_t& token : tokens) {
+    token = static_cast<std::int32_t>(random() % kGoldenVocabulary);
+  }
+  return tokens;
 }
 
 double distance(const std::vector<Row>& a, const std::vector<Row>& b) {

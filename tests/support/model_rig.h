@@ -68,6 +68,12 @@ model::Model load_golden(const Backend& backend, const std::string& name,
                          const model::Overrides& overrides = {},
                          const model::LoadOptions& options = {});
 
+// So low that a prompt of a hundred tokens can be sparse: blocks of 16, of which a token sees four.
+model::Overrides sparse_from(std::int32_t dense_len);
+
+inline constexpr std::int32_t kGoldenVocabulary = 320;
+std::vector<std::int32_t> random_tokens(std::int32_t count, std::uint32_t seed);
+
 // max |a - b| over all rows; infinite when a number is not finite or the shapes differ.
 double distance(const std::vector<Row>& a, const std::vector<Row>& b);
 std::vector<Row> pick(const std::vector<Row>& rows, const std::vector<std::int32_t>& which);
