@@ -10,12 +10,8 @@ import math
 import statistics
 
 import region
+from training_scores import TASKS, Scores, load, of_seeds, seeds_of_all, task_records
 
-TASKS = {
-    "single_1": "S1", "single_2": "S2", "single_3": "S3", "multi_key_1": "MK1",
-    "multi_key_2": "MK2", "multi_key_3": "MK3", "multi_value": "MV", "multi_query": "MQ",
-    "variables": "VT", "common": "CWE", "frequent": "FWE",
-}
 # The paper's table 1 (RULER at 32K, 8B), without its two question-answering columns.
 PAPER = {
     "paper: short, YaRN": (98, 68, 50, 46, 6, 0, 32, 31.5, 36, 21.4, 87.33),
@@ -31,22 +27,7 @@ LONG = 32768
 FIRST = "h200-first"  # the model name in records of the first, shorter run
 PAPER_NOTE = ("The paper's (b) sparse / (a) dense at 32K: 98.1 % over RULER's thirteen tasks, 97.0 % "
               "over these eleven.\n")
-SEEDS_NOTE = "± of a seed: of the cases; ± of the mean: standard error of what the seeds say.\n"
-
-
-def load(folder):
-    """All records; of several with one key the last."""
-    latest = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            changing = ("date", "correct", "total", "each", "nll", "texts", "ms", "ms_low", "ms_high",
-                        "ms_one", "tokens_per_second", "mfu", "memory_gb", "error", "bound",
-                        "steps", "seconds", "commit", "driver")
-            if record["name"] == "adapt.run":
-                changing += ("tokens",)
-            latest[tuple(sorted((k, str(v)) for k, v in record.items() if k not in changing))] = record
-    return list(latest.values())
+SEEDS_NOTE = "± of a seed: of its cases. ± of the mean: standard error of what the seeds say.\n"
 
 
 def table(head, rows):
@@ -56,71 +37,6 @@ def table(head, rows):
 
 def kilo(tokens):
     return f"{tokens // 1024}K"
-
-
-class Scores:
-    """Shares of right items: score(arm, attention, length[, task]), the mean of all seeds."""
-
-    def __init__(self, records):
-        self.cells = {}  # -> {seed: shares of right items of every case}
-        tasks = [r for r in records if r["name"] == "adapt.task"]
-        self.blocks = max((r["blocks"] for r in tasks), default=0)  # what the runs were made for
-        for r in tasks:
-            if r["blocks"] == self.blocks:
-                cell = self.cells.setdefault((r["arm"], r["attention"], r["length"], r["task"]), {})
-                cell[r["seed"]] = [right * len(r["each"]) / r["total"] for right in r["each"]]
-
-    def __call__(self, arm, attention, length, task=None):
-        if task:
-            cell = self.cells.get((arm, attention, length, task), {})
-            shares = [share for each in cell.values() for share in each]
-            return 100 * sum(shares) / len(shares) if shares else None
-        each = [self(arm, attention, length, t) for t in TASKS]
-        return None if None in each else sum(each) / len(each)
-
-    def error(self, arm, attention, length):
-        """Standard error of the mean of the tasks, in points."""
-        return self.ratio((arm, attention), None, length)[1]
-
-    def pairs(self, first, second, length, task):
-        """[(first, second) of every seed that both have] of each case that both have. The short run
-        that several seeds begin with has the first one's number. second None: 1."""
-        above = self.cells[*first, length, task]
-        below = self.cells[*second, length, task] if second else {}
-        cases = {}
-        for seed, shares in above.items():
-            other = below.get(seed, []) if second else [1.0] * len(shares)
-            if second and second[0] == "short":
-                other = below[max((s for s in below if s <= seed), default=min(below))]
-            for case, pair in enumerate(zip(shares, other)):
-                cases.setdefault(case, []).append(pair)
-        return list(cases.values())
-
-    def ratio(self, first, second, length):
-        """first / second of (arm, attention) in percent, and its standard error, case by case.
-
-        With R = A / B the error of A - R B, divided by B: cases that both get wrong, or right, add
-        little. Only cases that both have count; what several seeds say of one case is one number.
-        second None: B = 1.
-        """
-        if None in (self(*reading, length) for reading in (first, second) if reading):
-            return None, None
-        tasks = [self.pairs(first, second, length, task) for task in TASKS]
-        if not all(tasks):
-            return None, None
-        top, bottom = (statistics.mean(statistics.mean(pair[i] for case in task for pair in case)
-                                       for task in tasks) for i in (0, 1))
-        if not bottom:
-            return None, None
-        variance = 0.0
-        for task in tasks:
-            rest = [statistics.mean(a - (top / bottom * b if second else 0.0) for a, b in case)
-                    for case in task]
-            variance += statistics.variance(rest) / len(rest) if len(rest) > 1 else 0.0
-        return 100 * top / bottom, 100 * math.sqrt(variance) / len(TASKS) / bottom
-
-    def lengths(self):
-        return sorted({length for _, _, length, _ in self.cells})
 
 
 def one(value, digits=1):
@@ -160,11 +76,14 @@ def mean_table(score):
 
 
 # Of what a reading keeps, and of which: (first, second) of Scores.ratio.
+FAIR = "(d) sparse / (e) dense"  # taught both, sparse beside dense
+UNEVEN = ("variables",)  # learnt by (e) with one seed and not with another, at every length
 KEPT = {
-    "(d) sparse / (e) dense": (("aligned", "sparse"), ("taught", "dense")),
+    FAIR: (("aligned", "sparse"), ("taught", "dense")),
     "(b) sparse / (a) dense": (("sparse", "sparse"), ("dense", "dense")),
     "(d) sparse / (d) dense": (("aligned", "sparse"), ("aligned", "dense")),
     "(d) sparse / (a) dense": (("aligned", "sparse"), ("dense", "dense")),
+    "(d) dense / (e) dense": (("aligned", "dense"), ("taught", "dense")),
     "(d) dense / (a) dense": (("aligned", "dense"), ("dense", "dense")),
     "(e) dense / (a) dense": (("taught", "dense"), ("dense", "dense")),
     "(e) sparse / (e) dense": (("taught", "sparse"), ("taught", "dense")),
@@ -181,30 +100,17 @@ def ratio_table(score, ratios, lengths):
     return table(["ratio", *map(kilo, lengths)], [row for row in rows if any(row[1:])])
 
 
-def task_records(records):
-    return [r for r in records if r["name"] == "adapt.task"]
-
-
-def seeds_of_all(records):
-    """The seeds that every arm has been continued with; all seeds where there is none."""
-    seeds = {}
-    for r in task_records(records):
-        seeds.setdefault(r["arm"], set()).add(r["seed"])
-    return set.intersection(*seeds.values()) or set().union(*seeds.values()) if seeds else set()
-
-
-def of_seeds(records, seeds):
-    return [r for r in records if r.get("seed") in seeds]
-
-
 def seed_table(records, score):
     """What is kept, seed by seed, of the ratios that several seeds have."""
-    seeds = sorted({r["seed"] for r in task_records(records) if r["arm"] != "short"})
-    each = [Scores(of_seeds(task_records(records), {seed})) for seed in seeds]
+    tasks = task_records(records)
+    seeds = sorted({r["seed"] for r in tasks if r["arm"] != "short"})
+    each, fewer = ([Scores(of_seeds(tasks, {seed}), without) for seed in seeds] for without in ((), UNEVEN))
+    ratios = [(name, pair, each) for name, pair in KEPT.items()]
+    ratios[1:1] = [(f"{FAIR}, without {TASKS[UNEVEN[0]]}", KEPT[FAIR], fewer)]
     rows = []
-    for name, pair in KEPT.items():
+    for name, pair, scores in ratios:
         for length in score.lengths():
-            found = [of.ratio(*pair, length) for of in each]
+            found = [of.ratio(*pair, length) for of in scores]
             values = [value for value, _ in found if value is not None]
             if length not in short_lengths(score) and len(values) > 1:
                 spread = statistics.stdev(values) / math.sqrt(len(values))
@@ -368,26 +274,19 @@ def summary(root):
     """What README.md says of the experiment; nothing where it has not been made."""
     records = load(root / "bench/results/training")
     score = Scores([r for r in records if r.get("model") != FIRST])
-    first = Scores([r for r in records if r.get("model") == FIRST])
 
     def kept(of, name):
         lengths = [n for n in of.lengths() if n not in short_lengths(of)]
         return ", ".join(f"{with_error(*of.ratio(*KEPT[name], n))} at {kilo(n)}" for n in lengths
                          if of.ratio(*KEPT[name], n)[0] is not None)
 
-    parts = {
-        "of what it has continued dense with the same teaching": kept(score, "(d) sparse / (e) dense"),
-        "of its own dense reading": kept(score, "(d) sparse / (d) dense"),
-        "of what it has continued dense without teaching": kept(score, "(d) sparse / (a) dense"),
-    }
-    plain = next(filter(None, (kept(of, "(b) sparse / (a) dense") for of in (score, first))), "")
-    told = [f"{percent} {what}" for what, percent in parts.items() if percent]
-    if not told:
+    fair, own, plain = (kept(score, name) for name in (FAIR, "(d) sparse / (d) dense", "(b) sparse / (a) dense"))
+    if not (fair and own and plain):
         return ""
-    return ("\nA model of 65 M parameters, trained short and dense, is continued at up to 32K, sparse and with its "
-            f"selection taught. Read sparse it has {'; '.join(told)}. "
-            + (f"Untaught, sparse beside dense: {plain}. " if plain else "")
-            + "Setting and limits: [docs/training.md](docs/training.md).\n")
+    return ("\nA model of 65 M parameters, trained short and dense, is continued at up to 32K with its selection "
+            f"taught. Continued and read sparse, it answers {fair} of what it does continued and read dense with "
+            f"the same teaching, and {own} of what it does itself read dense. Untaught, sparse beside dense, that "
+            f"is {plain}. Setting and limits: [docs/training.md](docs/training.md).\n")
 
 
 def logged(root):
