@@ -25,7 +25,7 @@ ARMS = {
 }
 LONG = 32768
 FIRST = "h200-first"  # the model name in records of the first, shorter run
-PAPER_NOTE = ("The paper's (b) sparse / (a) dense at 32K: 98.1 % over RULER's thirteen tasks, 97.0 % "
+PAPER_NOTE = ("±: of the cases. The paper's (b) sparse / (a) dense at 32K: 98.1 % over RULER's thirteen tasks, 97.0 % "
               "over these eleven.\n")
 SEEDS_NOTE = "± of a seed: of its cases. ± of the mean: standard error of what the seeds say.\n"
 
@@ -100,6 +100,15 @@ def ratio_table(score, ratios, lengths):
     return table(["ratio", *map(kilo, lengths)], [row for row in rows if any(row[1:])])
 
 
+def of_every_seed(each, pair, length):
+    """[ratio of every seed], and (their mean, its standard error) where there are several."""
+    found = [of.ratio(*pair, length) for of in each]
+    values = [value for value, _ in found if value is not None]
+    if len(values) < 2:
+        return found, None
+    return found, (statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)))
+
+
 def seed_table(records, score):
     """What is kept, seed by seed, of the ratios that several seeds have."""
     tasks = task_records(records)
@@ -110,12 +119,9 @@ def seed_table(records, score):
     rows = []
     for name, pair, scores in ratios:
         for length in score.lengths():
-            found = [of.ratio(*pair, length) for of in scores]
-            values = [value for value, _ in found if value is not None]
-            if length not in short_lengths(score) and len(values) > 1:
-                spread = statistics.stdev(values) / math.sqrt(len(values))
-                rows.append([name, kilo(length), *(with_error(*one_of) for one_of in found),
-                             with_error(statistics.mean(values), spread)])
+            found, mean = of_every_seed(scores, pair, length)
+            if length not in short_lengths(score) and mean:
+                rows.append([name, kilo(length), *(with_error(*one_of) for one_of in found), with_error(*mean)])
     return table(["ratio", "tokens", *(f"seed {seed}" for seed in seeds), "mean of the seeds"],
                  rows) if rows else ""
 
@@ -272,15 +278,22 @@ def tables(records, log=()):
 
 def summary(root):
     """What README.md says of the experiment; nothing where it has not been made."""
-    records = load(root / "bench/results/training")
-    score = Scores([r for r in records if r.get("model") != FIRST])
+    records = [r for r in load(root / "bench/results/training") if r.get("model") != FIRST]
+    score = Scores(records)
+    each = [Scores(of_seeds(records, {seed})) for seed in {r["seed"] for r in task_records(records)}]
 
-    def kept(of, name):
-        lengths = [n for n in of.lengths() if n not in short_lengths(of)]
-        return ", ".join(f"{with_error(*of.ratio(*KEPT[name], n))} at {kilo(n)}" for n in lengths
-                         if of.ratio(*KEPT[name], n)[0] is not None)
+    def kept(name):
+        """With the error of the cases or of the seeds, whichever is larger."""
+        parts = []
+        for length in score.lengths():
+            value, error = score.ratio(*KEPT[name], length)
+            if value is not None and length not in short_lengths(score):
+                _, mean = of_every_seed(each, KEPT[name], length)
+                value, spread = mean or (value, error)
+                parts.append(f"{with_error(value, max(error, spread))} at {kilo(length)}")
+        return ", ".join(parts)
 
-    fair, own, plain = (kept(score, name) for name in (FAIR, "(d) sparse / (d) dense", "(b) sparse / (a) dense"))
+    fair, own, plain = (kept(name) for name in (FAIR, "(d) sparse / (d) dense", "(b) sparse / (a) dense"))
     if not (fair and own and plain):
         return ""
     return ("\nA model of 65 M parameters, trained short and dense, is continued at up to 32K with its selection "
