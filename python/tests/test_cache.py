@@ -74,8 +74,8 @@ def test_append_alone_then_attend(place: Place) -> None:
     close(out, infllm.attention(q, k, v, **where, sparse_config=SMALL))
 
 
-def test_a_step_compiles(place: Place) -> None:
-    device, dtype = place
+def test_a_step_compiles(device: str) -> None:
+    dtype = torch.bfloat16
     q, k, v = (torch.randn(1, 300, heads, 64).to(device, dtype) for heads in (4, 2, 2))
     caches = [infllm.KVCache(5, 2, 64, dtype=dtype, device=device, sparse_config=SMALL)
               for _ in range(2)]
