@@ -26,7 +26,7 @@ build:  ## the program, optimised: build/release/infllm
 	cmake --build --preset release --parallel $(JOBS) --target infllm
 
 demo: ALSO = demo
-demo: build  ## ask for a fact in a 32K document, dense and sparse
+demo: build  ## ask for a fact in a long document, dense and sparse
 	python3 tools/demo.py --binary $(RELEASE)/infllm
 
 # PyTorch and what builds the package go into .venv; PYTHON=OFF does without them.

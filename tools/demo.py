@@ -34,7 +34,10 @@ def ask(options, document, sparse):
         "--sparse", sparse, "--temp", "0", "--max-tokens", "16", "--json",
         "--threads", str(options.threads),
     ]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        sys.exit(f"demo: {options.binary}: {error.strerror}; `make build` builds it")
     if done.returncode != 0:
         sys.exit(f"demo: `{' '.join(command)}` ended with {done.returncode}")
     return json.loads(done.stdout)

@@ -49,9 +49,8 @@ BenchRunner::BenchRunner(const model::Model& model, const Options& options, engi
       options_(options),
       pool_(std::move(pool)),
       plan_(std::move(plan)),
-      runner_(std::move(runner)) {
-  if (!options.dense) rule_.sparse = model.config().sparse;
-}
+      runner_(std::move(runner)),
+      rule_(engine::mode_rule(model.config(), options.dense)) {}
 
 Result<BenchRunner> BenchRunner::create(const model::Model& model, const Options& given) {
   Options options = given;

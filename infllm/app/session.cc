@@ -60,19 +60,20 @@ std::string dtype_text(const model::Model& model, std::int32_t group_size) {
   return "?";
 }
 
-// Before hours of loading, or minutes of generating.
+// Before minutes of loading, at whose end the system might kill the program.
 Status check_room(const Backend& backend, const model::ModelConfig& config,
                   const model::LoadOptions& load) {
-  const std::int64_t available = is_device(backend) ? available_memory(backend) : 0;
+  const std::int64_t available = available_memory(backend);
   if (available == 0) return {};
   const bool is_wide = size_of(config.dtype) > 2;
   const std::int64_t needed =
       weight_bytes(config, load.format.value_or(model::default_format(backend, is_wide)));
   if (needed <= available) return {};
   return resource_exhausted(
-      fmt::format("the weights need {}, but {} has {} free; choose another --device",
+      fmt::format("the weights need {}, but {} has {} free; {}",
                   bytes_text(static_cast<double>(needed)), backend.name,
-                  bytes_text(static_cast<double>(available))));
+                  bytes_text(static_cast<double>(available)),
+                  is_device(backend) ? "choose another --device" : "--dtype int8 takes least"));
 }
 
 std::string folder_name(const std::string& path) {

@@ -20,7 +20,13 @@ Status check(const EngineOptions& options) {
       options.context, options.max_sequences, options.chunk_tokens));
 }
 
-ModeRule rule_of(const model::ModelConfig& config, bool dense) {
+}  // namespace
+
+std::int32_t default_chunk_tokens(const Backend& backend) {
+  return is_device(backend) ? 8192 : 512;
+}
+
+ModeRule mode_rule(const model::ModelConfig& config, bool dense) {
   ModeRule rule;
   if (!dense) rule.sparse = config.sparse;
   const model::RopeConfig& rope = config.rope;
@@ -28,12 +34,6 @@ ModeRule rule_of(const model::ModelConfig& config, bool dense) {
     rule.rope_switch = rope.original_max_positions;
   }
   return rule;
-}
-
-}  // namespace
-
-std::int32_t default_chunk_tokens(const Backend& backend) {
-  return is_device(backend) ? 8192 : 512;
 }
 
 Result<EngineShape> engine_shape(const model::Model& model, const EngineOptions& options) {
@@ -48,7 +48,7 @@ Result<EngineShape> engine_shape(const model::Model& model, const EngineOptions&
   shape.layout = model.config().kv_layout(options.kv_dtype.value_or(model.kv_dtype()));
   if (options.dense) shape.layout.pooled_keys = false;
   INFLLM_TRY(infllm::check(backend, shape.layout));
-  shape.rule = rule_of(model.config(), options.dense);
+  shape.rule = mode_rule(model.config(), options.dense);
   const std::int64_t pages_each = shape.layout.config.blocks_in(context);
   if (options.cache_tokens != 0 && options.cache_tokens < context) {
     return invalid_argument(fmt::format(

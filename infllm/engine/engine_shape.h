@@ -49,6 +49,9 @@ struct EngineShape {
 // Enough to keep the device busy: 512 on a host, 8192 on a device.
 std::int32_t default_chunk_tokens(const Backend& backend);
 
+// What decides how this model's tokens are computed; `dense`: never sparsely.
+ModeRule mode_rule(const model::ModelConfig& config, bool dense);
+
 // kInvalidArgument for options that make no engine, kResourceExhausted for what does not fit in
 // memory_limit, kUnsupported for a cache that the backend cannot hold.
 Result<EngineShape> engine_shape(const model::Model& model, const EngineOptions& options);

@@ -58,7 +58,7 @@ struct ForwardParams {
   // [T] backend's memory: tokens of the sequence this token belongs to, its whole prompt counted
   // while that is being prefilled. Chooses LongRoPE's factors. Null: position + 1.
   const std::int32_t* lengths = nullptr;
-  std::span<const KvPages> pages;  // one per layer, layout kv_layout()
+  std::span<const KvPages> pages;  // one per layer, of kv_layout() or the same with another type
   // [R] backend's memory: packed tokens that need logits. Null: every token, R = T.
   const std::int32_t* logit_rows = nullptr;
   std::int32_t num_logits = 0;     // R; 0: none (a chunk that is not the prompt's last)
