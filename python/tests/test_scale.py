@@ -77,6 +77,10 @@ def test_refusals(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = context_parallel.plan([0, 7])
     with pytest.raises(ValueError, match="k: 6 tokens, expected 7"):
         context_parallel.attention(x, x[:6], x, plan)
+    with pytest.raises(TypeError, match="plan: .*infllm.plan.Plan.*, expected what context_parallel"):
+        context_parallel.attention(x, x, x, plan.local)
+    with pytest.raises(TypeError, match="plan: .*context_parallel.Plan.*, expected what infllm.make"):
+        infllm.attention(x, x, x, plan=plan)
     with pytest.raises(ValueError, match="k_score"):
         context_parallel.attention(x, x, x, plan, q_score=x, k_score=x)
     with pytest.raises(ValueError, match="expected 0 = c0"):
