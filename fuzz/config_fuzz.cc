@@ -22,7 +22,6 @@ void use(const infllm::model::ModelConfig& config) {
   require(config.parameters() > 0);
   require(std::isfinite(config.residual_scale()) && std::isfinite(config.logit_scale()));
   require(infllm::check(config.kv_layout(infllm::DType::kBF16)).ok());
-  require(config.kv_bytes_per_token(infllm::DType::kF32) > 0);
   for (const std::int32_t token : config.eos_tokens)
     require(token >= 0 && token < config.vocab_size);
 

@@ -25,8 +25,6 @@ class Charsmap {
   // kDataError when the blob is cut short or the trie points outside it.
   static Result<Charsmap> parse(std::string_view blob);
 
-  bool is_identity() const { return units_.empty(); }
-
   struct Match {
     std::size_t bytes = 0;  // of the source; 0: nothing is replaced here
     std::string_view replacement;

@@ -69,9 +69,6 @@ struct ModelConfig {
 
   // The cache of one layer. Without sparse config: no pooled keys, pages of 64 tokens.
   KvLayout kv_layout(DType dtype) const;
-  // Keys, values and pooled keys of all layers, exactly, without the padding that a backend's pages
-  // may add: what `inspect` shows per token.
-  double kv_bytes_per_token(DType dtype) const;
 };
 
 // The text of a config.json, or the one in a checkpoint folder.
@@ -88,8 +85,6 @@ struct Overrides {
   std::optional<bool> use_nope, legacy_window;
   std::optional<LseSource> lse_source;
   std::optional<ScoreRounding> score_rounding;
-  std::optional<std::int32_t> max_positions;
-  std::optional<double> rope_attention_factor;
 };
 Status apply_overrides(ModelConfig& config, const Overrides& overrides);
 

@@ -98,17 +98,7 @@ KvLayout ModelConfig::kv_layout(DType kv_dtype) const {
           .config = sparse.value_or(SparseConfig{})};
 }
 
-double ModelConfig::kv_bytes_per_token(DType kv_dtype) const {
-  double planes = 2;
-  if (sparse) {
-    planes += 1.0 / sparse->kernel_stride + 1.0 / sparse->coarse_stride();
-    if (sparse->use_nope) planes += 1;
-  }
-  return planes * layers * kv_heads * head_dim * static_cast<double>(size_of(kv_dtype));
-}
-
 Status apply_overrides(ModelConfig& config, const Overrides& overrides) {
-  ModelConfig changed = config;
   SparseConfig sparse = config.sparse.value_or(SparseConfig{});
   bool wants_sparse = overrides.sparse.value_or(config.sparse.has_value());
   bool any = set(overrides.kernel_size, sparse.kernel_size);
@@ -128,24 +118,7 @@ Status apply_overrides(ModelConfig& config, const Overrides& overrides) {
   }
   wants_sparse |= any;
   INFLLM_TRY(check(sparse));
-  changed.sparse = wants_sparse ? std::optional<SparseConfig>(sparse) : std::nullopt;
-
-  if (overrides.max_positions) {
-    if (*overrides.max_positions < 2) {
-      return invalid_argument(fmt::format("max_position_embeddings = {}, expected at least 2",
-                                          *overrides.max_positions));
-    }
-    changed.max_positions = *overrides.max_positions;
-  }
-  if (overrides.rope_attention_factor) {
-    const double factor = *overrides.rope_attention_factor;
-    if (!(factor >= 1e-3 && factor <= 1e3)) {
-      return invalid_argument(
-          fmt::format("rope attention factor = {}, expected 0.001 to 1000", factor));
-    }
-    changed.rope.attention_factor = factor;
-  }
-  config = std::move(changed);
+  config.sparse = wants_sparse ? std::optional<SparseConfig>(sparse) : std::nullopt;
   return {};
 }
 
