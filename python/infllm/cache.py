@@ -211,6 +211,8 @@ def _places(cache: KVCache, x: Tensor, held: Tensor, page_table: Tensor,
     appending, ``held`` is the lengths afterwards."""
     check_ints("cache_seqlens", held, "[B]")
     check_tensors(page_table=page_table)
+    if held.device != cache.device:
+        raise ValueError(f"cache_seqlens: on {held.device}, expected {cache.device}, as the cache")
     if x.dtype is not cache.dtype or x.shape[-1] != cache.head_dim or x.device != cache.device:
         raise ValueError(f"q, k and v: {x.dtype} {list(x.shape)} on {x.device}, expected "
                          f"{cache.dtype} [..., {cache.head_dim}] on {cache.device}, as the cache")

@@ -123,6 +123,8 @@ def test_new_tokens_that_do_not_fit_together() -> None:
             infllm.attend_with_kvcache(change(q), cache, change(k), change(k), **rest)
     for change, message in (
             ({"cache_seqlens": [0]}, "cache_seqlens: list, expected a torch.Tensor"),
+            ({"cache_seqlens": rest["cache_seqlens"].to("meta")},
+             "cache_seqlens: on meta, expected cpu, as the cache"),
             ({"k": [0], "v": [0]}, "k: list, expected a torch.Tensor"),
             ({"cache": None}, "cache: NoneType, expected infllm.KVCache"),
             ({"sparse": True}, "sparse: given without sparse_config"),
