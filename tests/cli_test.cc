@@ -156,7 +156,7 @@ TEST_F(CliTest, InvalidValues) {
   expect_refused({"run", kModel, "hi", "--block-size", "60"}, 2, "block_size");
   expect_refused({"bench", kModel, "--attention", "spares"}, 2, "spares");
   expect_refused({"bench", "--synthetic", "minicpm9"}, 2, "minicpm4-0.5b");
-  expect_refused({"tokenize", kModel, "--decode", "5 x"}, 2, "x");
+  expect_refused({"tokenize", kModel, "--decode", "5 x 7"}, 2, "\"x\" is no token id");
 }
 
 // An option is taken by the commands that do something with it, and by no others.
@@ -281,6 +281,8 @@ TEST_F(CliTest, EnvironmentAndConfigFileGiveDefaults) {
   EXPECT_EQ(nlohmann::json::parse(
                 run({"--config", file, "inspect", kModel, "--json"}).out)["sparse_config"]["topk"],
             6);
+  expect_refused({"--config", write("bad.toml", "[run]\nwarmth = 1\n"), "run", kModel, "hi"}, 2,
+                 "--config: \"run.warmth\", expected an option");
 }
 
 TEST_F(CliTest, TokensComeBack) {

@@ -244,6 +244,14 @@ constexpr Sub kSubs[] = {
     {"eval", Command::kEval, add_eval},
 };
 
+// Of a line of the --config file. CLI11 names neither the file nor what is wrong.
+std::string explain_config(std::string_view message) {
+  constexpr std::string_view kBefore = "INI was not able to parse ";
+  if (!message.starts_with(kBefore)) return std::string(message);
+  return fmt::format("--config: \"{}\", expected an option of a command, as in [run] temp = 0",
+                     message.substr(kBefore.size()));
+}
+
 // Of an argument that no option takes.
 std::string explain_extra(const std::string& command, const Options& options,
                           const std::string& argument) {
@@ -294,6 +302,8 @@ Parsed parse_command_line(int argc, char** argv) {
   } catch (const CLI::ExtrasError& failure) {
     error = failure.what();
     extra = app.remaining(true);
+  } catch (const CLI::ConfigError& failure) {
+    error = explain_config(failure.what());
   } catch (const CLI::ParseError& failure) {
     error = failure.what();
   }

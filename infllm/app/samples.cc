@@ -37,7 +37,7 @@ Result<Sample> parse_sample(const std::string& line) {
   sample.document = INFLLM_TRY(text_field(object, "document"));
   const auto questions = object.find("questions");
   if (questions == object.end() || !questions->is_array() || questions->empty()) {
-    return data_error("\"questions\" is missing or no list");
+    return data_error("\"questions\" is missing, empty or no list");
   }
   for (const nlohmann::json& entry : *questions) {
     if (!entry.is_object()) return data_error("a question is no object");

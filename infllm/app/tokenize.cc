@@ -28,9 +28,10 @@ Result<std::vector<std::int32_t>> parse_ids(const std::string& text, std::int32_
     std::int32_t id = 0;
     const auto [last, error] = std::from_chars(at, end, id);
     if (error != std::errc() || id < 0 || id >= vocab_size) {
-      return invalid_argument(fmt::format(
-          "\"{}\" is no token id; ids are numbers from 0 to {}",
-          std::string_view(at, std::min<std::ptrdiff_t>(end - at, 20)), vocab_size - 1));
+      const std::string_view rest(at, static_cast<std::size_t>(end - at));
+      return invalid_argument(fmt::format("\"{:.20}\" is no token id; ids are numbers from 0 to {}",
+                                          rest.substr(0, rest.find_first_of(kBetween)),
+                                          vocab_size - 1));
     }
     ids.push_back(id);
     at = last;
