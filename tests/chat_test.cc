@@ -70,13 +70,13 @@ class Terminal {
   // The prompt, and until the program sleeps over it: a signal just before that would not wake it.
   void until_prompt() {
     until("> ");
-    const auto asleep = [this] {
+    const auto is_busy = [this] {
       std::ifstream stat("/proc/" + std::to_string(child_) + "/stat");
       std::string text;
       std::getline(stat, text);
-      return text.find(") S ") != std::string::npos;
+      return text.find(") R ") != std::string::npos || text.find(") D ") != std::string::npos;
     };
-    while (!asleep()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    while (is_busy()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
 
   int exit_code() {
