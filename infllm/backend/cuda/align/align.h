@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The selection-alignment loss and its gradients on any GPU from Ampere on (align.h of ops says
-// what is computed). bf16 or f16, head dimension 64 or 128, groups of up to 128 query heads.
-// Deterministic: no sum depends on the order in which thread blocks run.
+// what is computed). bf16 or f16, head dimension 64 or 128, groups of up to 128 query heads;
+// kUnsupported beyond. Deterministic: no sum depends on the order in which thread blocks run.
 // docs/kernels/backward.md states the workspace.
 #pragma once
 

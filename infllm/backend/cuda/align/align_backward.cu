@@ -8,11 +8,8 @@
 //
 // dx = exp(x - s) ds needs s of the whole group: logits go through shared memory as in align.cu,
 // and s and ds come back in the first two of the group's rows.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "infllm/backend/cuda/align/align.h"
-#include "infllm/backend/cuda/align/rows.cuh"
+#include "infllm/backend/cuda/align/sums.cuh"
 #include "infllm/backend/cuda/heads.h"
 #include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/shapes.cuh"
@@ -59,11 +56,7 @@ __device__ void reduce_group(const BackwardArgs& b, const EntryTile& tile, const
       column[0] = grad;
       continue;
     }
-    float top = column[0];
-    for (int h = 1; h < a.group; ++h) top = fmaxf(top, column[h * kScoreStride]);
-    float sum = 0;
-    for (int h = 0; h < a.group; ++h) sum += tile::fast_exp2(column[h * kScoreStride] - top);
-    column[0] = top + log2f(sum);
+    column[0] = GroupSum(column, a.group).log();
     column[kScoreStride] = grad;
   }
 }
@@ -121,10 +114,9 @@ __global__ void __launch_bounds__(kThreads) query_kernel(const __grid_constant__
       takes_part[i] = at.row(i) < rows && shared.places[entry[i]].sequence == visit.sequence;
     }
     const Pooled fine(a, false, head);
-    const int begin = max(0, a.init_blocks * kFineRows - 1) / kTileKeys * kTileKeys;
-    const int end = min(visit.end_block * kFineRows, fine.count(visit.length));
+    const WindowRange range(a, fine, visit);
     for_each_tile<D>(
-        a, sequence, fine, begin, end, shared.k, [&](int first, const std::byte* keys) {
+        a, sequence, fine, range.begin, range.end, shared.k, [&](int first, const std::byte* keys) {
           float s[2][8][4];
           sm80::multiply_transposed<T, D>(s, shared.q, at.warp * kWarpRows, keys, 0, at.lane);
 #pragma unroll

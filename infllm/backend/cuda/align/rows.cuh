@@ -109,6 +109,16 @@ __device__ inline Visit next_visit(const RowPlace* places, const EntryTile& tile
   return visit;
 }
 
+// The fine windows that the choosable blocks of a visit need, from the first one of a tile on. A
+// window belongs to the block that it begins in and may reach into the next one.
+struct WindowRange {
+  __device__ WindowRange(const AlignArgs& a, const Pooled& fine, const Visit& visit)
+      : begin(max(0, a.init_blocks * kFineRows - 1) / kTileKeys * kTileKeys),
+        end(min(visit.end_block * kFineRows, fine.count(visit.length))) {}
+  int begin;
+  int end;
+};
+
 // Everybody copies; the caller synchronises.
 __device__ inline void load_places(const AlignArgs& a, const EntryTile& tile, RowPlace* to) {
   for (int i = static_cast<int>(threadIdx.x); i < tile.entries; i += kThreads) {
@@ -172,16 +182,5 @@ __device__ void for_each_tile(const AlignArgs& a, const Sequence& sequence, cons
   tile::cp_async_wait<0>();
   __syncthreads();
 }
-
-// Rows of a lane in products of 32 rows a warp: row(i) for i in 0 .. 3.
-struct LaneRows {
-  __device__ LaneRows() : warp(tile::warp_index()), lane(static_cast<int>(threadIdx.x) % 32) {}
-  __device__ int row(int i) const {
-    return warp * kWarpRows + i / 2 * 16 + i % 2 * 8 + (lane >> 2);
-  }
-  __device__ int column(int n) const { return n * 8 + (lane & 3) * 2; }
-  int warp;
-  int lane;
-};
 
 }  // namespace infllm::cuda::align
