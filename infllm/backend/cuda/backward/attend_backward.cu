@@ -48,10 +48,6 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(StatisticsArgs a) 
   a.stats[row] = {lse == -INFINITY ? INFINITY : lse * kLog2E, sum};
 }
 
-std::int64_t part_floats(const AttendParams& forward, const Choosers& choosers) {
-  return std::int64_t{choosers.part_capacity} * 2 * kPageTokens * forward.pages.layout.head_dim;
-}
-
 // Without what lies in a workspace.
 BackwardArgs backward_args(const AttendBackwardParams& params) {
   const AttendParams& forward = params.forward;

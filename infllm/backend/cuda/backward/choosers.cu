@@ -198,6 +198,10 @@ Choosers choosers(const AttendParams& params) {
   return c;
 }
 
+std::int64_t part_floats(const AttendParams& params, const Choosers& choosers) {
+  return std::int64_t{choosers.part_capacity} * 2 * kPageTokens * params.pages.layout.head_dim;
+}
+
 Status build_choosers(const Backend& backend, const AttendParams& params,
                       const Choosers& choosers) {
   const cudaStream_t stream = device_of(backend).stream;

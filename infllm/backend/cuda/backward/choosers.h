@@ -48,6 +48,7 @@ struct Choosers {
 // Sizes, without memory. They depend on the host's maxima alone.
 Choosers choosers(const AttendParams& params);
 
+// Calls taker(pointer, count) for each array of a workspace.
 template <typename Taker>
 void take(const AttendParams& params, Choosers& c, Taker&& taker) {
   taker(c.blocks, c.num_blocks);
@@ -56,6 +57,9 @@ void take(const AttendParams& params, Choosers& c, Taker&& taker) {
   taker(c.tokens, std::int64_t{c.heads_kv} * params.batch.num_tokens * params.columns);
   taker(c.counts, c.heads_kv * c.segments * c.max_blocks);
 }
+
+// Of the sums that the parts of cut blocks leave: [part_capacity, 2, 64, D] dK and dV.
+std::int64_t part_floats(const AttendParams& params, const Choosers& choosers);
 
 // Launches what fills the arrays.
 Status build_choosers(const Backend& backend, const AttendParams& params, const Choosers& choosers);

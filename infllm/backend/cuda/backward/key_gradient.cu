@@ -15,6 +15,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "infllm/backend/cuda/backward/keys.cuh"
 #include "infllm/backend/cuda/backward/passes.h"
 #include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/shapes.cuh"
@@ -48,28 +49,14 @@ struct Shared {
   StageRows rows[3];
 };
 
-// A block and what is written of it.
+// A block and who chose it.
 struct Target {
-  __device__ Target(const BackwardArgs& a, std::int64_t block_index)
-      : chosen(a.choosers.blocks[block_index]),
-        block(static_cast<int>(block_index % a.choosers.max_blocks)),
-        index(static_cast<int>(block_index / a.choosers.max_blocks % a.batch.num_sequences)),
-        head(static_cast<int>(block_index / a.choosers.max_blocks / a.batch.num_sequences)) {}
+  __device__ Target(const BackwardArgs& a, std::int64_t index)
+      : chosen(a.choosers.blocks[index]), place(a.choosers, a.batch, index) {}
 
   const ChosenBlock chosen;
-  const int block;
-  const int index;  // of the sequence
-  const int head;
+  const BlockPlace place;
 };
-
-// Keys of the sequences before this one. All lanes of a warp call it.
-__device__ std::int64_t keys_before(const Batch& batch, int index) {
-  long long sum = 0;
-  for (int b = static_cast<int>(threadIdx.x) % 32; b < index; b += 32) sum += batch.kv_length[b];
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-  return sum;
-}
 
 template <typename T, int D>
 class KeyGradient {
@@ -81,11 +68,11 @@ class KeyGradient {
       : a_(args),
         shared_(shared),
         target_(target),
-        sequence_(args.batch, target.index),
+        sequence_(args.batch, target.place.sequence),
         warp_(tile::warp_index()),
         lane_(static_cast<int>(threadIdx.x) % 32),
         part_(part),
-        page_(sequence_.page(target.block, args.pool.num_pages)),
+        page_(sequence_.page(target.place.block, args.pool.num_pages)),
         listed_(args.choosers.tokens != nullptr && sequence_.sparse) {
     const int first = part < 0 ? 0 : part * a_.choosers.part_tokens;
     const int count =
@@ -99,9 +86,9 @@ class KeyGradient {
   __device__ void run() {
     const int stages = static_cast<int>((rows_ + kRows - 1) / kRows);
     if (stages > 0) {
-      const int keys = sequence_.length - target_.block * kPageTokens;
-      load_plane(shared_.k, a_.pool.map.key(target_.head), keys);
-      load_plane(shared_.v, a_.pool.map.value(target_.head), keys);
+      const int keys = sequence_.length - target_.place.block * kPageTokens;
+      load_plane(shared_.k, a_.pool.map.key(target_.place.head), keys);
+      load_plane(shared_.v, a_.pool.map.value(target_.place.head), keys);
       look_up(0);
       __syncthreads();
       load_stage(0);
@@ -141,12 +128,12 @@ class KeyGradient {
       return;
     }
     const auto at = static_cast<int>(r / a_.group);
-    const int first_key = target_.block * kPageTokens;
+    const int first_key = target_.place.block * kPageTokens;
     const int token = listed_ ? a_.choosers.tokens[target_.chosen.start + first_ + at]
                               : sequence_.first_token +
                                     max(0, first_key - sequence_.first_position()) + first_ + at;
     const int position = sequence_.first_position() + token - sequence_.first_token;
-    const int row = token * a_.heads_q + target_.head * a_.group +
+    const int row = token * a_.heads_q + target_.place.head * a_.group +
                     static_cast<int>(r - std::int64_t{at} * a_.group);
     const RowStatistics stats = a_.stats[row];
     rows.row[i] = row;
@@ -197,14 +184,14 @@ class KeyGradient {
   }
 
   __device__ void write() {
-    const int first_key = target_.block * kPageTokens;
-    const std::int64_t base = keys_before(a_.batch, target_.index) + first_key;
+    const int first_key = target_.place.block * kPageTokens;
+    const std::int64_t base = keys_before(a_.batch, target_.place.sequence, lane_) + first_key;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = warp_ * 16 + half * 8 + (lane_ >> 2);
       if (first_key + key >= sequence_.length) continue;
       const std::int64_t at =
-          ((base + key) * a_.pool.map.heads + target_.head) * D + (lane_ & 3) * 2;
+          ((base + key) * a_.pool.map.heads + target_.place.head) * D + (lane_ & 3) * 2;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
         *reinterpret_cast<std::uint32_t*>(static_cast<T*>(a_.grad_k) + at + n * 8) = tile::pack2<T>(
@@ -261,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
   const Target target(args, block);
   if (part < 0 && target.chosen.first_part >= 0) return;
-  if (target.block * kPageTokens >= args.batch.kv_length[target.index]) return;
+  if (target.place.block * kPageTokens >= args.batch.kv_length[target.place.sequence]) return;
   auto& shared = *reinterpret_cast<Shared<D>*>(memory);
   KeyGradient<T, D>(args, shared, target, part).run();
 }
@@ -274,9 +261,11 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (target.chosen.first_part < 0) return;
   const int parts =
       (target.chosen.count + args.choosers.part_tokens - 1) / args.choosers.part_tokens;
-  const int first_key = target.block * kPageTokens;
-  const int keys = min(kPageTokens, args.batch.kv_length[target.index] - first_key);
-  const std::int64_t base = keys_before(args.batch, target.index) + first_key;
+  const int first_key = target.place.block * kPageTokens;
+  const int keys = min(kPageTokens, args.batch.kv_length[target.place.sequence] - first_key);
+  const std::int64_t base =
+      keys_before(args.batch, target.place.sequence, static_cast<int>(threadIdx.x) % 32) +
+      first_key;
   const float* sums =
       args.part_sums + std::int64_t{target.chosen.first_part} * (2 * kPageTokens * D);
   for (int i = static_cast<int>(threadIdx.x); i < keys * D; i += kReduceThreads) {
@@ -286,7 +275,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       grad_k += sums[p * (2 * kPageTokens * D) + i];
       grad_v += sums[p * (2 * kPageTokens * D) + kPageTokens * D + i];
     }
-    const std::int64_t at = ((base + i / D) * args.pool.map.heads + target.head) * D + i % D;
+    const std::int64_t at = ((base + i / D) * args.pool.map.heads + target.place.head) * D + i % D;
     static_cast<T*>(args.grad_k)[at] = to<T>(grad_k * args.scale);
     static_cast<T*>(args.grad_v)[at] = to<T>(grad_v);
   }

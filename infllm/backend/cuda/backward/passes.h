@@ -38,7 +38,7 @@ struct BackwardArgs {
 Status take_statistics(const Backend& backend, const AttendBackwardParams& params,
                        RowStatistics* stats);
 
-// Rows of a thread block of the token-major pass; tile_tokens is how many tokens fit.
+// Tokens of a thread block of the token-major pass.
 int tile_tokens(const AttendParams& params);
 
 // dQ, token-major.

@@ -10,8 +10,7 @@ namespace {
 template <class Taker>
 void take(const AttendParams& forward, Choosers& choosers, Taker&& taker, float*& sums) {
   backward::take(forward, choosers, taker);
-  taker(sums,
-        std::int64_t{choosers.part_capacity} * 2 * kPageTokens * forward.pages.layout.head_dim);
+  taker(sums, backward::part_floats(forward, choosers));
 }
 
 template <class C>

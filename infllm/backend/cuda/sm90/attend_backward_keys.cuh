@@ -7,7 +7,7 @@
 // Long lists are cut into parts (choosers.h), whose float sums a last kernel adds up in order.
 #pragma once
 
-#include "infllm/backend/cuda/backward/choosers.h"
+#include "infllm/backend/cuda/backward/keys.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_stages.cuh"
 
 namespace infllm::cuda::sm90 {
@@ -39,9 +39,10 @@ __device__ __forceinline__ ListedItem find_item(const ListedArgs& a) {
   }
   const ChosenBlock chosen = c.blocks[index];
   if (part < 0 && chosen.first_part >= 0) return item;
-  item.block = static_cast<int>(index % c.max_blocks);
-  item.sequence = static_cast<int>(index / c.max_blocks % batch.num_sequences);
-  item.head = static_cast<int>(index / c.max_blocks / batch.num_sequences);
+  const backward::BlockPlace place(c, batch, index);
+  item.block = place.block;
+  item.sequence = place.sequence;
+  item.head = place.head;
   const Sequence sequence(batch, item.sequence);
   const int skip = part < 0 ? 0 : part * c.part_tokens;
   item.exists = item.block * kPageTokens < sequence.length;

@@ -13,6 +13,7 @@
 
 #include <climits>
 
+#include "infllm/backend/cuda/backward/keys.cuh"
 #include "infllm/backend/cuda/sm90/attend_backward_config.cuh"
 
 namespace infllm::cuda::sm90 {
@@ -116,10 +117,10 @@ __device__ __forceinline__ void feed_rows(KeyShared<C>& shared, const KeyArgs& a
   }
 }
 
-// A computing warpgroup adds up an item's stages. Meanwhile something may be made of dS:
-//   publish(stage, dS^T)   when it is there
+// A computing warpgroup adds up an item's stages. Meanwhile `use` may make something of dS:
+//   publish(stage, dS^T)       when it is there
 //   multiply(stage, product)   starts a product, before the sums, in registers that are free
-//   meanwhile finish(stage, product)       awaits it, while the sums are under way
+//   finish(stage, product)     awaits it, while the sums are under way
 // Blocks that are not `present` get weights of zero.
 template <class C, class Use>
 __device__ __forceinline__ void sum_stages(KeyShared<C>& shared, const KeyArgs& a,
@@ -218,22 +219,15 @@ __device__ __forceinline__ void sum_stages(KeyShared<C>& shared, const KeyArgs& 
   wgmma_pin(grad_v);
 }
 
-// Keys of the sequences before this one. All lanes of a warp call it.
-__device__ inline std::int64_t keys_before(const Batch& batch, int sequence) {
-  long long sum = 0;
-  for (int b = static_cast<int>(threadIdx.x % 32); b < sequence; b += 32) sum += batch.kv_length[b];
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-  return sum;
-}
-
-// Writes 64 keys' sums times `factor`, as a warpgroup holds them. `length` keys are the sequence's.
+// Writes 64 keys' sums times `factor`, as a warpgroup holds them, but for keys behind the
+// sequence's end; zeros for a block that is not `present`.
 template <class C>
 __device__ __forceinline__ void store_keys(void* to, const float (&sum)[C::kSums], float factor,
                                            const KeyArgs& a, int sequence, int block, int head,
                                            bool present) {
   const int length = a.batch.kv_length[sequence];
-  const std::int64_t before = keys_before(a.batch, sequence);
+  const std::int64_t before =
+      backward::keys_before(a.batch, sequence, static_cast<int>(threadIdx.x % 32));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int key = block * kPageTokens + static_cast<int>(threadIdx.x % 128 / 32) * 16 +
