@@ -14,15 +14,15 @@
 // before the local window, spec section 5); the first needs every visible one.
 #include <bit>
 
-#include "infllm/backend/cuda/device.h"
 #include "infllm/backend/cuda/heads.h"
+#include "infllm/backend/cuda/launch.cuh"
 #include "infllm/backend/cuda/pooled.h"
 #include "infllm/backend/cuda/powers.cuh"
 #include "infllm/backend/cuda/shapes.cuh"
 #include "infllm/backend/cuda/sm80/group_sum.cuh"
 #include "infllm/backend/cuda/sm80/score.h"
-#include "infllm/backend/cuda/sm80/smem_tile.cuh"
 #include "infllm/backend/cuda/sm80/token_tile.cuh"
+#include "infllm/backend/cuda/sm80/warp_products.cuh"
 
 namespace infllm::cuda::sm80 {
 namespace {
@@ -189,14 +189,7 @@ class Scorer {
   }
 
   __device__ __forceinline__ void multiply(float (&s)[4][4][4], const std::byte* keys) const {
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[m][n][e] = 0;
-      }
-    }
+    clear(s);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
 #pragma unroll
@@ -357,16 +350,10 @@ __global__ void __launch_bounds__(kTileThreads, 3)
 
 template <typename T, int D>
 Status launch(const Device& device, const ScoreArgs& args) {
-  constexpr auto kernel = score_kernel<T, D>;
-  constexpr int kMostBytes = Scorer<T, D>::shared_bytes(1);
-  INFLLM_TRY(to_status(
-      "score",
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes)));
   const std::int64_t slots = tile_slots(args.batch, kTileRows / args.padded_group);
   const dim3 grid(static_cast<unsigned>(slots), static_cast<unsigned>(args.heads_kv));
-  kernel<<<grid, kTileThreads, Scorer<T, D>::shared_bytes(args.padded_group), device.stream>>>(
-      args);
-  return launched("score");
+  return start("score", score_kernel<T, D>, grid, kTileThreads,
+               Scorer<T, D>::shared_bytes(args.padded_group), device.stream, args);
 }
 
 }  // namespace

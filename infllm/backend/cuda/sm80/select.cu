@@ -2,10 +2,9 @@
 //
 // The best blocks of a row without sorting: all of a row's scores lie in the registers of its
 // threads, as integers of the same order, and the K-th largest is found bit by bit from the top,
-// each bit one count over the row. Bits that all scores share are skipped; bf16 scores leave at
-// most
-// 16. Then the blocks above it are written in order, and those equal to it from the lowest index
-// until the row is full.
+// each bit one count over the row. Bits that all scores share are skipped, which leaves at most 16
+// of bf16 scores. Then the blocks above it are written in order, and those equal to it from the
+// lowest index until the row is full.
 //
 // A row of up to 2,048 blocks belongs to one warp; longer ones to more warps, each with a
 // contiguous piece.
@@ -20,6 +19,9 @@ namespace {
 
 constexpr int kMaxWarps = 16;     // of a row
 constexpr int kRowsPerBlock = 4;  // where a row is one warp
+// Keys of a lane: of short rows, and of long ones.
+constexpr int kFewKeys = 16;
+constexpr int kManyKeys = 64;
 
 struct SelectArgs {
   Batch batch;
@@ -230,8 +232,6 @@ Status launch(const Device& device, const SelectArgs& args, int heads, int warps
 }  // namespace
 
 Status select(const Backend& backend, const SelectParams& params, std::span<std::byte>) {
-  constexpr int kFew = 16;
-  constexpr int kMany = 64;
   const SelectArgs args{.batch = params.batch,
                         .scores = static_cast<const float*>(params.scores),
                         .selection = params.selection,
@@ -240,14 +240,14 @@ Status select(const Backend& backend, const SelectParams& params, std::span<std:
                         .init_blocks = params.config.init_blocks,
                         .local_blocks = params.config.local_blocks()};
   const Device& device = device_of(backend);
-  if (args.blocks <= 32 * kFew) return launch<kFew>(device, args, params.heads_kv, 1);
-  const std::int64_t warps = ceil_div(args.blocks, 32 * kMany);
+  if (args.blocks <= 32 * kFewKeys) return launch<kFewKeys>(device, args, params.heads_kv, 1);
+  const std::int64_t warps = ceil_div(args.blocks, 32 * kManyKeys);
   if (warps > kMaxWarps) {
     return unsupported("select: " + std::to_string(args.blocks) +
                        " blocks of a sequence, but this device takes up to " +
-                       std::to_string(kMaxWarps * 32 * kMany) + "; shorten the sequence");
+                       std::to_string(kMaxWarps * 32 * kManyKeys) + "; shorten the sequence");
   }
-  return launch<kMany>(device, args, params.heads_kv, static_cast<int>(warps));
+  return launch<kManyKeys>(device, args, params.heads_kv, static_cast<int>(warps));
 }
 
 }  // namespace infllm::cuda::sm80

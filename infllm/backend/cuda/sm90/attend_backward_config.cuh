@@ -24,10 +24,9 @@ struct KeyConfig {
   // dS of a stage on its way to dQ, and how many of them there is room for.
   static constexpr int kGradBytes = 2 * kPanelBytes;
   static constexpr int kGrads = kListed ? 0 : 2;
-  static constexpr int kFit =
-      (kSharedLimit - 4096 - kBlocks * 2 * kTileBytes - kGrads * kGradBytes) /
-      (2 * kTileBytes + 1024);
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  // A stage's Q and dO, and what its rows are.
+  static constexpr int kStages = stages_in(
+      kSharedLimit - kBlocks * 2 * kTileBytes - kGrads * kGradBytes, 2 * kTileBytes + 1024);
   static constexpr int kThreads = 3 * 128;
   static constexpr int kComputeRegisters = 240;
   static constexpr int kFeedRegisters = 24;

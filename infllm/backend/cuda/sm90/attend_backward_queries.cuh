@@ -24,9 +24,8 @@ struct QueryGradientConfig : AttendConfig<T, kHeadDim, true, kGroupSize> {
   using Base = AttendConfig<T, kHeadDim, true, kGroupSize>;
   static constexpr bool kSparse = kIsSparse;
   static constexpr bool kSingles = false;
-  static constexpr int kFit =
-      (kSharedLimit - 2048 - 2 * Base::kGroups * Base::kTileBytes) / (2 * Base::kStageBytes);
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kStages =
+      stages_in(kSharedLimit - 2 * Base::kGroups * Base::kTileBytes, 2 * Base::kStageBytes);
 };
 
 struct QueryGradientMaps {

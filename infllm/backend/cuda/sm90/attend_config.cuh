@@ -16,6 +16,12 @@ namespace infllm::cuda::sm90 {
 
 using tile::RingCursor;
 
+// Stages of a ring that find room, at most 8, beside barriers, what a tile is, and alignment.
+constexpr int stages_in(int bytes, int stage_bytes) {
+  const int fit = (bytes - 2048) / stage_bytes;
+  return fit < 8 ? fit : 8;
+}
+
 // Tile sizes; docs/kernels/hopper-attend.md keeps the runners-up with their times. kGroup: query
 // heads of a KV head if known when compiling, 0: any power of two up to 64.
 template <typename T, int kHeadDim, bool kIsSparse, int kGroupSize>
@@ -38,8 +44,7 @@ struct AttendConfig {
   static constexpr int kPanels = kDim / 64;
   static constexpr int kTileBytes = 64 * kDim * 2;          // of a K or V block, or 64 query rows
   static constexpr int kStageBytes = kBlocks * kTileBytes;  // of K or of V
-  static constexpr int kFit = (kSharedLimit - 2048 - kGroups * kTileBytes) / (2 * kStageBytes);
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kStages = stages_in(kSharedLimit - kGroups * kTileBytes, 2 * kStageBytes);
 };
 
 template <typename T, int kDim>

@@ -50,6 +50,10 @@ struct ScoreShape {
       kWarpgroups * 64 * kHeadDim * 2 + kWarps * kWarpTokens * kTileKeys * 4 +
       kTokens * kListBytes + 256;
   static constexpr int kStages = std::min(6, (kSharedLimit - kOtherBytes) / kStageBytes);
+  // 64 K registers among all warps; with two warpgroups there are enough for everybody.
+  static constexpr bool kShiftsRegisters = kWarpgroups == 4;
+  static constexpr int kComputeRegisters = 112;
+  static constexpr int kFeedRegisters = 24;
   static_assert(kStages >= 2);
 };
 
@@ -302,10 +306,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   const int warp = tile::warp_index();
   if (warp >= Shape::kWarps) {
-    if constexpr (Shape::kWarpgroups == 4) tile::setmaxnreg_dec<24>();
+    if constexpr (Shape::kShiftsRegisters) tile::setmaxnreg_dec<Shape::kFeedRegisters>();
     if (threadIdx.x == 32 * Shape::kWarps) ScoreProducer<Shape>(maps, task, memory).run();
   } else {
-    if constexpr (Shape::kWarpgroups == 4) tile::setmaxnreg_inc<112>();
+    if constexpr (Shape::kShiftsRegisters) tile::setmaxnreg_inc<Shape::kComputeRegisters>();
     ScoreConsumer<Shape>(maps, task, memory, warp).run();
   }
 }
