@@ -8,7 +8,7 @@
 //                                 taken twice and must repeat bit by bit; exit status 1 on a
 //                                 failure
 //   backward_main tiny            small shapes, each taken once, for compute-sanitizer
-//   backward_main repeat [N]      100 (or N) runs of shapes with cut lists and ragged batches,
+//   backward_main repeat [N]      100 (or N) runs of shapes with cut lists, of ragged batches,
 //   dense
 //                                 and sparse: all the same bits
 //   backward_main bench [correlated | random | dense] [d64] [gN] [kN] N...
