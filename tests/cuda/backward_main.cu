@@ -8,9 +8,8 @@
 //                                 taken twice and must repeat bit by bit; exit status 1 on a
 //                                 failure
 //   backward_main tiny            small shapes, each taken once, for compute-sanitizer
-//   backward_main repeat [N]      100 (or N) runs of shapes with cut lists, of ragged batches,
-//   dense
-//                                 and sparse: all the same bits
+//   backward_main repeat [N]      100 (or N) runs of shapes with cut lists and of ragged batches,
+//                                 dense and sparse: all the same bits
 //   backward_main bench [correlated | random | dense] [d64] [gN] [kN] N...
 //                                 milliseconds and useful TFLOP/s: neighbours share 0.8 of their
 //                                 free blocks, draw their own, or see all; else all three; for
