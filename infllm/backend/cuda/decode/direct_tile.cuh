@@ -75,6 +75,22 @@ struct DirectTile {
   uint4 words[kDim / 32];
 };
 
+// x[t][2 r + j]: the same of tile t.
+template <typename T, int kDim, int kTiles>
+__device__ __forceinline__ void multiply(const DirectTile<T, kDim> (&rows)[kTiles],
+                                         const HeadQueries<T, kDim>& q, float (&x)[kTiles][4]) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[t][j] = 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) rows[t].add_products(q, i, x[t]);
+  }
+}
+
 // Whether column 2 (lane % 4) + j of a tile is a row that exists: `rows` is the ballot of the lanes
 // that have one.
 __device__ __forceinline__ bool has_column(unsigned rows, int j) {

@@ -13,6 +13,7 @@
 namespace infllm::cuda::decode {
 
 inline constexpr int kSliceTokens = 16;
+inline constexpr int kBlockSlices = kPageTokens / kSliceTokens;
 inline constexpr int kPieceElements = 8;
 
 template <typename T, int kDim, int kStages>

@@ -63,7 +63,7 @@ class PartResults {
     publish(set(part_) + 8 * octet + 2 * pair, o);
   }
   __device__ __forceinline__ void publish_total(int octet, float top, float sum) const {
-    publish(set(part_) + 8 * kMaxOctets + 2 * octet, make_float2(top, sum));
+    publish(total(set(part_), octet), make_float2(top, sum));
   }
 
   // By a warp: waits for all parts' share of an octet; store(i, output, top, sum) is called by the
@@ -73,20 +73,20 @@ class PartResults {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const std::uint32_t* const from = set(lane);
     uint4 words[2] = {};
-    uint2 total[1] = {make_uint2(__float_as_uint(-kInfinity), 0)};
+    uint2 totals[1] = {make_uint2(__float_as_uint(-kInfinity), 0)};
     const bool here = lane < parts_;
     do {
       look_at(from + 8 * octet, 4, here ? 2 : 0, words);
-      look_at(from + 8 * kMaxOctets + 2 * octet, 0, here ? 1 : 0, total);
-    } while (__any_sync(kAllLanes, !are_there(2, words) || !are_there(1, total)));
-    const float own = __uint_as_float(total[0].x);
+      look_at(total(from, octet), 0, here ? 1 : 0, totals);
+    } while (__any_sync(kAllLanes, !are_there(2, words) || !are_there(1, totals)));
+    const float own = __uint_as_float(totals[0].x);
     float top = own;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
     }
     const float weight = own == -kInfinity ? 0 : tile::fast_exp2(own - top);
-    float sum = __uint_as_float(total[0].y) * weight;
+    float sum = __uint_as_float(totals[0].y) * weight;
     float o[8] = {__uint_as_float(words[0].x), __uint_as_float(words[0].y),
                   __uint_as_float(words[0].z), __uint_as_float(words[0].w),
                   __uint_as_float(words[1].x), __uint_as_float(words[1].y),
@@ -109,6 +109,12 @@ class PartResults {
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (lane % 4 == 0) store(lane / 4, all, top, sum);
+  }
+
+  // Where in a set the maximum and the sum are, of octet or head i.
+  template <typename Words>
+  __device__ __forceinline__ static Words* total(Words* set, int i) {
+    return set + 8 * kMaxOctets + 2 * i;
   }
 
   // The words that a part uses in this launch.

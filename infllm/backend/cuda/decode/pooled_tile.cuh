@@ -70,7 +70,7 @@ struct KeyTile {
 // One kind of pooled keys of one sequence and KV head, 16 windows at a time. They come in two
 // steps, because pages are found in a table: look_up() asks the table, load() follows the answer.
 template <typename T, int kDim, int kTiles>
-struct PooledPlane {
+struct PooledPlane : PooledRows {
   using Tile = KeyTile<T, kDim, kTiles>;
 
   // The pages of a lane's two rows of tile `tile`, if it is before `end_tile`; -1: no such window,
@@ -101,10 +101,6 @@ struct PooledPlane {
       to[i] = __ldcg(reinterpret_cast<const uint4*>(row) + 4 * i + threadIdx.x % 4);
     }
   }
-
-  std::int64_t offset;  // of the plane in a page
-  int page_shift;       // logarithm of a page's rows
-  int end;              // windows that exist
 };
 
 }  // namespace infllm::cuda::decode

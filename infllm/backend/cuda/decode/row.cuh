@@ -30,6 +30,19 @@ inline constexpr int kFineShift = 2;
 inline constexpr int kCoarseShift = 0;
 static_assert(kFineRows == 1 << kFineShift && kCoarseRows == 1 << kCoarseShift);
 
+// Pooled keys of one kind, of one sequence and KV head.
+struct PooledRows {
+  std::int64_t offset;  // of the plane in a page
+  int page_shift;       // logarithm of a page's rows
+  int end;              // windows that exist
+};
+__device__ __forceinline__ PooledRows fine_rows(const PagePool& pool, int head, int length) {
+  return {pool.map.fine(head), kFineShift, fine_windows(length)};
+}
+__device__ __forceinline__ PooledRows coarse_rows(const PagePool& pool, int head, int length) {
+  return {pool.map.coarse(head), kCoarseShift, coarse_windows(length)};
+}
+
 __device__ __forceinline__ std::uint32_t word(const uint4& x, int i) {
   return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
 }

@@ -119,12 +119,10 @@ class Part {
   }
 
  private:
-  __device__ __forceinline__ Plane fine() const {
-    return {a_.pool.map.fine(head_kv_), kFineShift, fine_windows(length_)};
-  }
+  __device__ __forceinline__ Plane fine() const { return {fine_rows(a_.pool, head_kv_, length_)}; }
   __device__ __forceinline__ Plane normaliser_plane() const {
     if (a_.fine_normaliser) return fine();
-    return {a_.pool.map.coarse(head_kv_), kCoarseShift, coarse_windows(length_)};
+    return {coarse_rows(a_.pool, head_kv_, length_)};
   }
   // Blocks from here on are forced, or come after the token's own.
   __device__ __forceinline__ int candidates_end() const {

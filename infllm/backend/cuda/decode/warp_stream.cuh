@@ -17,16 +17,7 @@
 namespace infllm::cuda::decode {
 
 inline constexpr int kPieceRows = 2 * kSliceTokens;
-inline constexpr int kPieceBlocks = kPieceRows / kFineRows;  // of fine windows
-inline constexpr int kBlockSlices = kPageTokens / kSliceTokens;
 inline constexpr int kWarpRingBytes = 24 * 1024;
-
-// Pooled keys of one sequence and KV head.
-struct PooledRows {
-  std::int64_t offset;  // of the plane in a page
-  int page_shift;       // logarithm of a page's rows
-  int end;              // windows that exist
-};
 
 // A warp's place among the `places` warps of its row.
 struct WarpPlace {
@@ -73,11 +64,11 @@ class WarpStream {
   using Shared = WarpStreamShared<T, kDim>;
   static constexpr int kStages = Shared::kStages;
 
-  // list: of the chosen blocks, in shared memory, once they are known. candidates: blocks whose
-  // fine windows are wanted.
+  // list: of the chosen blocks, in shared memory, once they are known. items: pieces of fine
+  // windows that are wanted.
   __device__ __forceinline__ WarpStream(const PagePool& pool, const Sequence& sequence,
                                         const Forced& forced, int head_kv, WarpPlace place,
-                                        PooledRows normaliser, PooledRows fine, int candidates,
+                                        PooledRows normaliser, PooledRows fine, int items,
                                         const CUtensorMap* planes, const std::int32_t* list,
                                         Stage* stages, Shared& shared)
       : pool_(pool),
@@ -95,7 +86,7 @@ class WarpStream {
     const bool chooses = forced.free > 0;
     normaliser_end = chooses ? place.share((normaliser.end + kPieceRows - 1) / kPieceRows) : 0;
     fine_end = normaliser_end;
-    if (chooses) fine_end += place.share((candidates + kPieceBlocks - 1) / kPieceBlocks);
+    if (chooses) fine_end += place.share(items);
     forced_end = fine_end + place.share(kBlockSlices * forced.count());
     // From the other end, so that nobody has one piece more twice.
     end = forced_end + place.reversed().share(kBlockSlices * forced.free);
