@@ -52,7 +52,7 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor
 
 
 def set_sparse_config(model: nn.Module, config: SparseConfig | None) -> None:
-    """What the model's layers attend with; None: densely. It is saved in the model's config.json."""
+    """What the layers attend with; None: densely. The model saves it in its config.json."""
     check_config(config)
     configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     for found in configs:
