@@ -151,7 +151,8 @@ TEST_F(CliTest, InvalidValues) {
   expect_refused({"bench", kModel, "--jsonl", "/nowhere/x"}, 1, "/nowhere/x: cannot be written");
   expect_refused({"run", kModel, "hi", "--dtype", "float7"}, 2, "float7");
   expect_refused({"run", kModel, "hi", "--dtype", "int8:x"}, 2, "int8:32");
-  expect_refused({"run", kModel, "hi", "--device", "abacus"}, 1, "abacus");
+  expect_refused({"run", kModel, "hi", "--device", "abacus"}, 2, "\"abacus\", expected auto, cpu");
+  expect_refused({"run", kModel, "hi", "--device", "cpu:abacus"}, 1, "no device \"cpu:abacus\"");
   expect_refused({"run", kModel, "hi", "--max-tokens", "0"}, 2, "--max-tokens");
   expect_refused({"run", kModel, "hi", "--block-size", "60"}, 2, "block_size");
   expect_refused({"bench", kModel, "--attention", "spares"}, 2, "spares");

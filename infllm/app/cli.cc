@@ -39,6 +39,17 @@ CLI::Validator between(Number low, Number high) {
 const CLI::Validator kPositive = between(1, kMaxTokens);
 const CLI::Validator kNatural = between(0, kMaxTokens);
 
+// A device, by how its name begins; whether this machine has it is seen when it is opened.
+const CLI::Validator kDevice(
+    [](const std::string& text) {
+      const std::string kind = text.substr(0, text.find(':'));
+      if (text == "auto" || kind == "cpu" || kind == "cuda" || kind == "reference") {
+        return std::string();
+      }
+      return fmt::format("\"{}\", expected auto, cpu, cuda, cuda:N or reference", text);
+    },
+    "", "");
+
 template <typename T>
 CLI::Option* option(CLI::App* app, const std::string& names, T& value) {
   CLI::Option* added = app->add_option(names, value);
@@ -69,7 +80,7 @@ void add_sparse_options(CLI::App* app, SparseOptions& sparse) {
 
 void add_model_options(CLI::App* app, ModelOptions& model) {
   option(app, "model,-m,--model,--model-path", model.path);
-  option(app, "--device", model.device);
+  option(app, "--device", model.device)->check(kDevice);
   option(app, "-t,--threads", model.threads)->check(between(0, 1024));
   option(app, "--dtype", model.dtype);
   option(app, "--kv-dtype", model.kv_dtype)

@@ -7,15 +7,7 @@ namespace infllm {
 namespace {
 
 Status check_forward(std::string_view step, const AlignParams& p) {
-  INFLLM_TRY(check(p.config));
-  INFLLM_TRY(check_cache(step, p.pages, p.batch));
-  INFLLM_TRY(check_same_windows(step, p.config, p.pages.layout));
-  INFLLM_TRY(check_heads(step, p.heads_q, p.pages.layout.kv_heads));
-  INFLLM_TRY(check_scale(step, p.scale));
-  if (!p.pages.layout.pooled_keys) {
-    return invalid_argument(
-        fmt::format("{}: the cache has no pooled keys; lay it out with pooled_keys = true", step));
-  }
+  INFLLM_TRY(check_scoring(step, p.config, p.pages, p.batch, p.heads_q, p.scale));
   if (p.num_rows < 0 || (p.rows == nullptr && p.num_rows != p.batch.num_tokens)) {
     return invalid_argument(
         fmt::format("{}: {} rows without a list of them, expected num_rows = {}, all tokens of the "

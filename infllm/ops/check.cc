@@ -48,4 +48,16 @@ Status check_same_windows(std::string_view step, const SparseConfig& config,
       pages.kernel_size, pages.kernel_stride));
 }
 
+Status check_scoring(std::string_view step, const SparseConfig& config, const KvPages& pages,
+                     const Batch& batch, std::int32_t heads_q, float scale) {
+  INFLLM_TRY(check(config));
+  INFLLM_TRY(check_cache(step, pages, batch));
+  INFLLM_TRY(check_same_windows(step, config, pages.layout));
+  INFLLM_TRY(check_heads(step, heads_q, pages.layout.kv_heads));
+  INFLLM_TRY(check_scale(step, scale));
+  if (pages.layout.pooled_keys) return {};
+  return invalid_argument(
+      fmt::format("{}: the cache has no pooled keys; lay it out with pooled_keys = true", step));
+}
+
 }  // namespace infllm

@@ -30,6 +30,11 @@ Status check_scale(std::string_view step, float scale);
 Status check_same_windows(std::string_view step, const SparseConfig& config,
                           const KvLayout& layout);
 
+// What every step that scores pooled keys asks of its config and cache: a valid config, all
+// of the above, and a cache that has pooled keys.
+Status check_scoring(std::string_view step, const SparseConfig& config, const KvPages& pages,
+                     const Batch& batch, std::int32_t heads_q, float scale);
+
 inline Status check_pointer(std::string_view step, std::string_view name, const void* pointer) {
   if (pointer != nullptr) return {};
   return invalid_argument(fmt::format("{}: {} is null, expected an array", step, name));

@@ -6,15 +6,8 @@
 namespace infllm {
 
 Status score(const Backend& backend, const ScoreParams& params, std::span<std::byte> workspace) {
-  INFLLM_TRY(check(params.config));
-  INFLLM_TRY(check_cache("score", params.pages, params.batch));
-  INFLLM_TRY(check_same_windows("score", params.config, params.pages.layout));
-  INFLLM_TRY(check_heads("score", params.heads_q, params.pages.layout.kv_heads));
-  INFLLM_TRY(check_scale("score", params.scale));
-  if (!params.pages.layout.pooled_keys) {
-    return invalid_argument(
-        "score: the cache has no pooled keys; lay it out with pooled_keys = true");
-  }
+  INFLLM_TRY(check_scoring("score", params.config, params.pages, params.batch, params.heads_q,
+                           params.scale));
   if (params.batch.num_tokens == 0 || !params.batch.any_sparse) return {};
   INFLLM_TRY(check_pointer("score", "q", params.q));
   INFLLM_TRY(check_pointer("score", "scores", params.scores));

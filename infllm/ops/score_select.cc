@@ -13,19 +13,10 @@ bool has_score_select(const Backend& backend, const ScoreSelectParams& params) {
 Status score_select(const Backend& backend, const ScoreSelectParams& params,
                     std::span<std::byte> workspace) {
   const ScoreParams& p = params.score;
-  INFLLM_TRY(check(p.config));
-  INFLLM_TRY(check_cache("score_select", p.pages, p.batch));
-  INFLLM_TRY(check_same_windows("score_select", p.config, p.pages.layout));
-  INFLLM_TRY(check_heads("score_select", p.heads_q, p.pages.layout.kv_heads));
-  INFLLM_TRY(check_scale("score_select", p.scale));
-  if (!p.pages.layout.pooled_keys) {
-    return invalid_argument(
-        "score_select: the cache has no pooled keys; lay it out with pooled_keys = true");
-  }
+  INFLLM_TRY(check_scoring("score_select", p.config, p.pages, p.batch, p.heads_q, p.scale));
   if (params.select.heads_kv != p.pages.layout.kv_heads) {
     return invalid_argument(
-        fmt::format("score_select: {} KV heads to select for, but {} in the "
-                    "cache",
+        fmt::format("score_select: {} KV heads to select for, but {} in the cache",
                     params.select.heads_kv, p.pages.layout.kv_heads));
   }
   if (p.batch.num_tokens == 0 || !p.batch.any_sparse) return {};

@@ -14,16 +14,9 @@ Status select_attend(const Backend& backend, const SelectAttendParams& params,
                      std::span<std::byte> workspace) {
   const ScoreParams& score = params.choose.score;
   const AttendParams& p = params.attend;
-  INFLLM_TRY(check(score.config));
-  INFLLM_TRY(check_cache("select_attend", p.pages, p.batch));
-  INFLLM_TRY(check_same_windows("select_attend", score.config, p.pages.layout));
-  INFLLM_TRY(check_heads("select_attend", p.heads_q, p.pages.layout.kv_heads));
+  INFLLM_TRY(
+      check_scoring("select_attend", score.config, p.pages, p.batch, p.heads_q, score.scale));
   INFLLM_TRY(check_scale("select_attend", p.scale));
-  INFLLM_TRY(check_scale("select_attend", score.scale));
-  if (!p.pages.layout.pooled_keys) {
-    return invalid_argument(
-        "select_attend: the cache has no pooled keys; lay it out with pooled_keys = true");
-  }
   if (p.batch.num_tokens == 0) return {};
   INFLLM_TRY(check_pointer("select_attend", "q", p.q));
   INFLLM_TRY(check_pointer("select_attend", "q (to score with)", score.q));
