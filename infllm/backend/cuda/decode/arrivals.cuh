@@ -40,10 +40,12 @@ class WarmSequence {
   std::uint32_t words_[2];
 };
 
-// Which of `count` thread blocks this is, in the order in which they start; by all threads. A row's
-// parts have numbers that follow each other. So, whatever else is on the device, all parts of all
-// rows but one have started, and run to their end; nobody needs the whole launch to be resident.
-// number: in shared memory. arrivals: kNothing between two launches.
+// Which of `count` thread blocks this is, in the order in which they start; by all threads.
+// arrivals: how many have started, less one, and kNothing when all have; number: in shared memory.
+//
+// A row's parts have numbers that follow each other. So, whatever else is on the device, all parts
+// of all rows but one have started, and run to their end; nobody needs the whole launch to be
+// resident.
 __device__ __forceinline__ int take_number(std::uint32_t* arrivals, int count, int& number) {
   if (threadIdx.x == 0) {
     number = static_cast<int>(atomicAdd(arrivals, 1u) + 1);   // from kNothing on

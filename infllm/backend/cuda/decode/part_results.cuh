@@ -34,13 +34,15 @@ class PartResults {
     return count;
   }
 
-  // words: of all parts of the row. By all warps, with a barrier before any of them publishes.
+  // words: of all parts of the row; count: what look_at_count() found. By all warps, with a barrier
+  // before any of them publishes.
   __device__ __forceinline__ PartResults(std::uint32_t* words, int part, int parts,
                                          std::uint32_t count)
-      : words_(words), part_(part), parts_(parts) {
-    odd_ = __ballot_sync(kAllLanes, (count & 1) != 0);
-    next_count_ = __shfl_sync(kAllLanes, count, part) + 1;
-  }
+      : words_(words),
+        part_(part),
+        parts_(parts),
+        odd_(__ballot_sync(kAllLanes, (count & 1) != 0)),
+        count_(count) {}
 
   // By all threads: this part's other set.
   __device__ __forceinline__ void clear() const {
@@ -53,9 +55,10 @@ class PartResults {
       }
     }
   }
-  // By one thread, when all parts have sent something.
+  // By a warp, when all parts have sent something.
   __device__ __forceinline__ void count() const {
-    publish(words_ + part_ * kPartWords + 2 * kSetWords, next_count_);
+    const int part = static_cast<int>(threadIdx.x % 32);
+    if (part == part_) publish(words_ + part * kPartWords + 2 * kSetWords, count_ + 1);
   }
 
   // Outputs 2 pair and 2 pair + 1 of an octet, not normalised.
@@ -127,8 +130,8 @@ class PartResults {
 
   std::uint32_t* const words_;  // [parts][kPartWords]
   const int part_, parts_;
-  unsigned odd_;  // parts that use their second set
-  std::uint32_t next_count_;
+  const unsigned odd_;         // parts that use their second set
+  const std::uint32_t count_;  // of the part that is this lane's
 };
 
 }  // namespace infllm::cuda::decode

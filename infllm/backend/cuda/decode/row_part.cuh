@@ -20,9 +20,9 @@ inline constexpr int kPrefetchedItems = 4;  // of a warp, before its turn
 template <typename T, int kDim>
 struct PartShared {
   typename PartAttention<T, kDim, kStepWarps>::Shared attention;
-  TopCandidatesShared<kStepThreads> select;
   StepShared step;
   alignas(16) std::int32_t list[kMaxColumns];  // the blocks chosen freely
+  TopCandidatesShared<kStepThreads> select;
 };
 
 // This lane's row of a tile, and which lanes have one that exists; the others point somewhere.
@@ -94,11 +94,11 @@ class RowPart : private StepPart {
     if (!chooses()) __syncthreads();  // as there is one before the list otherwise
     if (chooses()) attend_to_chosen();
     publish_results(results);
-    if (part_ == 0 && sequence_.sparse && !chooses()) write_list();
+    if (part_ == 0 && sequence_.sparse && !chooses()) write_selection(shared_.list);
     gather_results(results);
     if (warp_ > 0) return;
-    if (lane_ == 0) results.count();
-    if (chooses()) clear_cells();
+    results.count();
+    if (chooses()) clear_cells(32 * part_ + lane_, 32 * parts_);
   }
 
  private:
@@ -222,7 +222,7 @@ class RowPart : private StepPart {
       unsigned exist[kItemTiles];
 #pragma unroll
       for (int t = 0; t < kItemTiles; ++t) exist[t] = first_fine_[t].exist;
-      publish_keys(x, exist, place_);
+      score_item(x, exist, place_);
     }
     if (place_ + places_ < items_) {
       if (a_.q != a_.q_score) load_queries(a_.q_score);
@@ -251,7 +251,7 @@ class RowPart : private StepPart {
 #pragma unroll
       for (int t = 0; t < kItemTiles; ++t) exist[t] = next[t].exist;
       load(item + places_ < items_ ? item + places_ : item);
-      publish_keys(x, exist, item);
+      score_item(x, exist, item);
     }
   }
 
@@ -290,24 +290,12 @@ class RowPart : private StepPart {
     return page;
   }
 
-  // Keys of the eight blocks of an item.
-  __device__ __forceinline__ void publish_keys(const float (&x)[kItemTiles][4],
-                                               const unsigned (&exist)[kItemTiles],
-                                               int item) const {
+  __device__ __forceinline__ void score_item(const float (&x)[kItemTiles][4],
+                                             const unsigned (&exist)[kItemTiles], int item) const {
     const float s = score(x);
     const unsigned low = (lane_ & 8) == 0 ? exist[0] : exist[1];
     const unsigned high = (lane_ & 8) == 0 ? exist[2] : exist[3];
-    const bool exists = has_column((lane_ & 16) == 0 ? low : high, lane_ / 4 % 2);
-    const auto [best, last] = block_keys(s, exists);
-    if (lane_ % 2 == 0) return;
-    const int block = kItemBlocks * item + score_window() / kFineRows;
-    if ((lane_ & 4) == 0) {
-      publish(best_half(keys(), block), best);
-    } else if (block + 1 < kItemBlocks * items_) {  // has the last window of a block
-      publish(overlap_half(keys(), block + 1), last);
-    } else {
-      publish(overlap_half(keys(), 0), 0);
-    }
+    publish_keys(s, has_column((lane_ & 16) == 0 ? low : high, lane_ / 4 % 2), item);
   }
 
   // Probable ones are on their way into L2 while the choice is made.
@@ -318,7 +306,7 @@ class RowPart : private StepPart {
             prefetch_block(block);
         });
     if (free_slices_ > 0) fetch(find_slice(/*free=*/true, 0));
-    if (part_ == 0) write_list();  // while they come
+    if (part_ == 0) write_selection(shared_.list);  // while they come
     attend_slices(/*free=*/true, free_slices_);
   }
   // Whose first round is on its way.
@@ -364,17 +352,6 @@ class RowPart : private StepPart {
   __device__ __forceinline__ void store(int head, int d, float o, float top, float sum) const {
     *output<T, kDim>(head, d) = static_cast<T>(sum > 0 ? o / sum : 0);
     if (d == 0) store_lse(head, top, sum);
-  }
-
-  // Of the list that the choice left, the best ones first.
-  __device__ __forceinline__ void write_list() const {
-    write_selection(shared_.list, [&](int i) {
-      const int block = shared_.list[i];
-      int before = 0;
-#pragma unroll 4
-      for (int j = 0; j < forced_.free; ++j) before += shared_.list[j] < block ? 1 : 0;
-      return before;
-    });
   }
 
   S& shared_;

@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kStepThreads, 1)
   const int heads = a.pool.map.heads;
   // The row that it will nearly always be.
   const WarmSequence warm(a.batch, static_cast<int>(blockIdx.x) / a.parts / heads);
+  if (threadIdx.x == 32) RowStream<T, kDim>::Stream::set_up(shared.streams);  // beside warp 0
   const int number = take_number(a.arrivals, static_cast<int>(gridDim.x), shared.number);
   warm.wait(shared.list);
   const int row = number / a.parts;
@@ -45,7 +46,7 @@ StepSizes sizes_of(const Device& device, const SelectAttendParams& p) {
 std::size_t shared_bytes(const KvLayout& layout, int key_stride) {
   return (layout.head_dim == 128 ? sizeof(StreamShared<__half, 128>)
                                  : sizeof(StreamShared<__half, 64>)) +
-         sizeof(std::uint16_t) * key_stride;
+         TopCandidatesShared<kStepThreads>::key_bytes(key_stride);
 }
 
 template <typename T, int kDim>

@@ -24,11 +24,10 @@ struct StreamShared {
   };
   T q[kRowHeads * kDim];
   typename Stream::Shared streams[kStepWarps];
-  TopBlocksShared<kStepThreads> select;
   StepShared step;
-  std::int32_t list[kMaxColumns];     // the blocks chosen freely
-  int number;                         // of the thread block
-  alignas(16) std::uint16_t keys[8];  // [key_stride]
+  std::int32_t list[kMaxColumns];  // the blocks chosen freely
+  int number;                      // of the thread block
+  TopCandidatesShared<kStepThreads> select;
 };
 
 template <typename T, int kDim>
@@ -79,9 +78,13 @@ class RowStream : private StepPart {
       if (n >= stream_.fine_end) {
         if (exist > 0) attend(stage, exist);
       } else if (n >= stream_.normaliser_end) {
-        publish_keys(stage, static_cast<unsigned>(exist), stream_.fine_piece(n));
+        score_item(stage, static_cast<unsigned>(exist), stream_.fine_piece(n));
       } else {
         add_piece(stage, static_cast<unsigned>(exist));
+      }
+      // The copy engine is next to write where lanes did.
+      if (n < stream_.fine_end && n + Stream::kStages >= stream_.fine_end) {
+        tile::fence_async_proxy();
       }
       __syncwarp();  // the stage is used up
       stream_.fill(n + 1);
@@ -89,8 +92,8 @@ class RowStream : private StepPart {
     merge_warps(results);
     merge_parts(results);
     if (warp_ > 0) return;
-    if (lane_ == 0) results.count();
-    if (chooses()) clear_cells();
+    results.count();
+    if (chooses()) clear_cells(32 * part_ + lane_, 32 * parts_);
   }
 
  private:
@@ -161,51 +164,17 @@ class RowStream : private StepPart {
     }
   }
 
-  // Keys of the eight blocks of an item.
-  __device__ __forceinline__ void publish_keys(const Stage& stage, unsigned exist, int item) const {
+  __device__ __forceinline__ void score_item(const Stage& stage, unsigned exist, int item) const {
     float x[kItemTiles][4];
     multiply_piece(stage, x);
     const float s = score(x);
-    const BlockKeys found = block_keys(s, (exist >> score_window() & 1) != 0);
-    if ((lane_ & 5) == 5) {  // has the last window of a block
-      publish(keys() + kItemBlocks * item + score_window() / kFineRows, packed(found));
-    }
+    publish_keys(s, (exist >> score_window() & 1) != 0, item);
   }
 
-  // Every part makes the whole choice.
+  // Every part makes the whole choice, and the ring holds what there is to read meanwhile.
   __device__ __forceinline__ void choose() {
-    take_keys();
-    __syncthreads();
-    choose_blocks<kStepThreads>(shared_.keys, a_.init_blocks, candidates_end_, forced_.free,
-                                kBf16KeyBits, shared_.select, shared_.list);
-    __syncthreads();
-  }
-
-  // Everybody's keys into shared memory, each with the window of the block before that overlaps it.
-  __device__ __forceinline__ void take_keys() {
-#pragma unroll 1
-    for (int first = 32 * warp_; first < items_; first += kStepThreads) {
-      const int item = first + lane_;
-      const std::uint32_t* const from = keys() + kItemBlocks * item;
-      const int count = item < items_ ? 2 : 0;
-      uint4 words[2];
-      std::uint32_t before = 0;
-      do {
-        look_at(from, 4, count, words);
-        if (item > 0 && count > 0) look(from - 1, before);
-      } while (__any_sync(kAllLanes, !are_there(count, words) || !is_there(before)));
-      if (count == 0) continue;
-      std::uint32_t key[kItemBlocks];
-#pragma unroll
-      for (int i = 0; i < kItemBlocks; ++i) {
-        const std::uint32_t one = word(words[i / 4], i % 4);
-        key[i] = max(one >> 16, before & 0xffff);
-        before = one;
-      }
-      *reinterpret_cast<uint4*>(shared_.keys + kItemBlocks * item) =
-          make_uint4(key[0] | key[1] << 16, key[2] | key[3] << 16, key[4] | key[5] << 16,
-                     key[6] | key[7] << 16);
-    }
+    TopCandidates<kStepThreads>(keys(), a_.init_blocks, candidates_end_, shared_.select)
+        .choose(forced_.free, shared_.list, [](int, int) {});
   }
 
   // The warps' results become this part's, and everybody is told.
@@ -221,9 +190,7 @@ class RowStream : private StepPart {
         [&](int head, float top, float sum) {
           if (head < group_) publish(Results::total(set, head), make_float2(top, sum));
         });
-    if (part_ == 0 && sequence_.sparse) {  // while the others' results come
-      write_selection(shared_.list, [](int i) { return i; });
-    }
+    if (part_ == 0 && sequence_.sparse) write_selection(shared_.list);  // while results come
   }
 
   // Each part puts its share of the outputs together, four neighbours a thread.

@@ -16,7 +16,7 @@
 namespace infllm::cuda::decode {
 
 // Groups of at most 16 heads, heads of 64 or 128, budgets of at most 256 blocks, scores compared as
-// bf16.
+// bf16, and contexts whose keys find room beside the rings: 512K tokens.
 bool streams_rows(const Backend& backend, const SelectAttendParams& params);
 
 Status stream_rows(const Backend& backend, const SelectAttendParams& params,

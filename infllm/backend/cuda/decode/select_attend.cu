@@ -37,13 +37,14 @@ StepSizes sizes_of(const Device& device, const SelectAttendParams& p) {
 template <typename T, int kDim>
 Status launch_rows(const Device& device, const StepArgs& args) {
   const auto kernel = select_attend_kernel<T, kDim>;
-  constexpr int kBytes = sizeof(PartShared<T, kDim>);
-  INFLLM_TRY(
-      to_status("select_attend",
-                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)));
+  const std::size_t bytes =
+      sizeof(PartShared<T, kDim>) + TopCandidatesShared<kStepThreads>::key_bytes(args.key_stride);
+  INFLLM_TRY(to_status("select_attend",
+                       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(bytes))));
   const dim3 grid(static_cast<unsigned>(args.parts), static_cast<unsigned>(args.pool.map.heads),
                   static_cast<unsigned>(args.batch.num_sequences));
-  return launch_parts(device, "select_attend", kernel, grid, kStepThreads, kBytes, 1, args,
+  return launch_parts(device, "select_attend", kernel, grid, kStepThreads, bytes, 1, args,
                       /*all_at_once=*/true);
 }
 

@@ -48,14 +48,14 @@ struct StepArgs {
   int local_blocks;
   bool fine_normaliser;
   bool settled;  // SelectAttendParams
-  // kNothing everywhere between two launches, but for the set of results that was used last. A part
-  // clears what it wrote: normalisers and keys at the end, since whoever has sent results has read
-  // them, and results one launch later.
+  // kNothing everywhere between two launches, but for the set of results that was used last.
+  // Normalisers and keys are cleared at the end, by every part a share, when all parts have sent
+  // results and so have read them; its results a part clears one launch later.
   std::uint32_t* normalisers;  // [rows][16][parts]
   std::uint32_t* results;      // of PartResults, [rows][parts]
   std::uint32_t* keys;         // [rows][key_stride], two halves each
   int key_stride;
-  std::uint32_t* arrivals;  // of thread blocks, less one (arrivals.cuh)
+  std::uint32_t* arrivals;  // of thread blocks (arrivals.cuh)
 };
 
 // Where in Device::exchange what is.

@@ -15,7 +15,7 @@
 #include "infllm/backend/cuda/decode/exchange.cuh"
 #include "infllm/backend/cuda/decode/normaliser.cuh"
 #include "infllm/backend/cuda/decode/step_args.cuh"
-#include "infllm/backend/cuda/decode/top_blocks.cuh"
+#include "infllm/backend/cuda/decode/top_candidates.cuh"
 
 namespace infllm::cuda::decode {
 
@@ -147,13 +147,20 @@ class StepPart {
   __device__ __forceinline__ int score_window() const {
     return lane_ / 8 * 8 + lane_ % 4 * 2 + lane_ / 4 % 2;
   }
-  // best: of the four windows that begin in this lane's block, score_window() / 4 of the item.
-  // last: of this lane's window.
-  __device__ __forceinline__ BlockKeys block_keys(float score, bool exists) const {
+  // Keys of an item's eight blocks, from the score of window score_window() if that exists.
+  __device__ __forceinline__ void publish_keys(float score, bool exists, int item) const {
     const std::uint32_t last = exists ? sort_key(score, true) : 0;
     std::uint32_t best = max(last, __shfl_xor_sync(kAllLanes, last, 1));
     best = max(best, __shfl_xor_sync(kAllLanes, best, 4));
-    return {.best = best, .last = last};
+    if (lane_ % 2 == 0) return;
+    const int block = kItemBlocks * item + score_window() / kFineRows;
+    if ((lane_ & 4) == 0) {
+      publish(best_half(keys(), block), best);
+    } else if (block + 1 < kItemBlocks * items_) {  // has the last window of a block
+      publish(overlap_half(keys(), block + 1), last);
+    } else {
+      publish(overlap_half(keys(), 0), 0);
+    }
   }
 
   // Where output d of one of the group's heads belongs.
@@ -168,17 +175,18 @@ class StepPart {
         sum > 0 ? (top + __log2f(sum)) * kLn2 : -kInfinity;
   }
 
-  // Ascending, -1 behind the last one. list: the blocks chosen freely; place(i): how many of them
-  // come before the i-th.
-  template <typename Place>
-  __device__ __forceinline__ void write_selection(const std::int32_t* list,
-                                                  const Place& place) const {
+  // Ascending, -1 behind the last one. list: the blocks chosen freely, in any order.
+  __device__ __forceinline__ void write_selection(const std::int32_t* list) const {
     std::int32_t* const out =
         a_.selection +
         (std::int64_t{head_kv_} * a_.batch.num_tokens + sequence_.first_token) * a_.columns;
     for (int i = static_cast<int>(threadIdx.x); i < a_.columns; i += kStepThreads) {
       if (i < forced_.free) {
-        out[forced_.sinks + place(i)] = list[i];
+        const int block = list[i];
+        int before = 0;
+#pragma unroll 4
+        for (int j = 0; j < forced_.free; ++j) before += list[j] < block ? 1 : 0;
+        out[forced_.sinks + before] = block;
       } else {
         const int n = i - forced_.free;  // among the forced ones
         const int local = forced_.first_local + n - forced_.sinks;
@@ -187,11 +195,15 @@ class StepPart {
     }
   }
 
-  // By one warp, when every part has sent results: none looks at normalisers and keys any more.
-  __device__ __forceinline__ void clear_cells() const {
-    if (lane_ < kRowHeads) publish(normaliser_cell(lane_, part_), kNothing);
+  // Normalisers and keys of the row, by `threads` threads, when every part has sent results and so
+  // none looks at them any more.
+  __device__ __forceinline__ void clear_cells(int thread, int threads) const {
 #pragma unroll 1
-    for (int i = 4 * (32 * part_ + lane_); i < kItemBlocks * items_; i += 4 * 32 * parts_) {
+    for (int i = thread; i < kRowHeads * parts_; i += threads) {
+      publish(normaliser_cell(0, i), kNothing);
+    }
+#pragma unroll 1
+    for (int i = 4 * thread; i < kItemBlocks * items_; i += 4 * threads) {
       publish(keys() + i, make_uint4(kNothing, kNothing, kNothing, kNothing));
     }
   }

@@ -29,11 +29,6 @@ struct BlockKeys {
   std::uint32_t last;
 };
 
-// Both of bf16 scores in one word.
-__device__ __forceinline__ std::uint32_t packed(BlockKeys keys) {
-  return keys.best << 16 | keys.last;
-}
-
 template <int kThreads>
 struct TopBlocksShared {
   // By all threads, with a barrier of them before choose_blocks().
@@ -53,9 +48,6 @@ __device__ __forceinline__ BlockKeys load_keys(const BlockKeys* keys, int block)
                : "=r"(found.best), "=r"(found.last)
                : "l"(keys + block));
   return found;
-}
-__device__ __forceinline__ BlockKeys load_keys(const std::uint32_t* keys, int block) {
-  return {keys[block] >> 16, keys[block] & 0xffff};
 }
 // Of blocks that have what overlaps them already.
 __device__ __forceinline__ BlockKeys load_keys(const std::uint16_t* keys, int block) {
@@ -110,7 +102,7 @@ __device__ __forceinline__ std::uint32_t kth_largest(const Each& each, int key_b
   return known;
 }
 
-template <int kThreads, typename Keys>  // BlockKeys, or packed ones
+template <int kThreads, typename Keys>  // BlockKeys, or what load_keys() takes
 class TopBlocks {
  public:
   using Shared = TopBlocksShared<kThreads>;

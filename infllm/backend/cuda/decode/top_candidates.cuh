@@ -44,13 +44,22 @@ struct TopCandidatesShared {
     reinterpret_cast<uint4*>(sorted)[threadIdx.x] = make_uint4(0, 0, 0, 0);
   }
 
-  alignas(16) std::uint16_t keys[kMaxCandidates];
-  alignas(16) std::uint32_t found[kWarps][kMaxFound];   // zeros behind the last one
-  alignas(16) std::uint32_t sorted[kWarps][kMaxFound];  // the best first
+  union {
+    struct {
+      alignas(16) std::uint32_t found[kWarps][kMaxFound];   // zeros behind the last one
+      alignas(16) std::uint32_t sorted[kWarps][kMaxFound];  // the best first
+    };
+    TopBlocksShared<kThreads> radix;  // if there are too many
+  };
   alignas(16) std::uint32_t best[kThreads];
   alignas(16) std::uint32_t bounds[kWarps];
-  alignas(16) int counts[kWarps];  // of those found
-  TopBlocksShared<kThreads> radix;
+  alignas(16) int counts[kWarps];     // of those found
+  alignas(16) std::uint16_t keys[8];  // [key_bytes() / 2]
+
+  // What a row of so many blocks takes behind this.
+  static std::size_t key_bytes(int blocks) {
+    return sizeof(std::uint16_t) * 8 * kThreads * ((blocks + 8 * kThreads - 1) / (8 * kThreads));
+  }
 };
 
 template <int kThreads>
@@ -239,7 +248,6 @@ class TopCandidates {
     TopCandidates(nullptr, first, end, shared).choose_by_digits(need, out);
   }
   __device__ __forceinline__ void choose_by_digits(int need, std::int32_t* out) {
-    shared_.radix.clear();
 #pragma unroll 1
     for (int round = 0; round < rounds_; ++round) {
       // In the order of the blocks.
@@ -253,6 +261,7 @@ class TopCandidates {
         }
       }
     }
+    shared_.radix.clear();
     __syncthreads();
     choose_blocks<kThreads>(shared_.keys, first_, end_, need, kBf16KeyBits, shared_.radix, out);
   }

@@ -4,11 +4,11 @@
 //
 //   normaliser windows | fine windows | forced blocks | chosen blocks
 //
-// A piece is 32 windows, or the keys and values of 16 tokens. The pieces of each kind are dealt out
-// to all warps of all parts of the row. The copy engine brings them into a ring in shared memory,
-// and the ring does not end where a kind does: while parts wait for each other's normaliser, fine
-// windows arrive, and while blocks are chosen, forced ones. Only chosen blocks must be known before
-// they can be asked for.
+// A piece is 32 windows, which the lanes copy, or the keys and values of 16 tokens, which the copy
+// engine does. The pieces of each kind are dealt out to all warps of all parts of the row. They go
+// into a ring in shared memory, and the ring does not end where a kind does: while parts wait for
+// each other's normaliser, fine windows arrive, and while blocks are chosen, forced ones. Only
+// chosen blocks must be known before they can be asked for.
 #pragma once
 
 #include "infllm/backend/cuda/decode/kv_ring.cuh"
@@ -93,15 +93,22 @@ class WarpStream {
     known_end_ = chooses ? forced_end : end;
   }
 
+  // By one thread, with a barrier of the thread block before prepare(). In a loop, because what one
+  // lane of a warp does is otherwise done for the warp, by an instruction that compute-sanitizer
+  // takes for one of each lane.
+  template <int kWarps>
+  __device__ __forceinline__ static void set_up(Shared (&of_warps)[kWarps]) {
+#pragma unroll 1
+    for (Shared& one : of_warps) {
+#pragma unroll
+      for (std::uint64_t& arrived : one.arrived) tile::mbarrier_init(&arrived, 1);
+    }
+    tile::fence_mbarrier_init();
+  }
+
   // What needs only the batch's arrays, by all lanes: the first pieces into L2; or, with `settled`,
   // into the ring, as long as nothing in them belongs to this step.
   __device__ __forceinline__ void prepare(bool settled) {
-    if (lane_ == 0) {
-#pragma unroll
-      for (std::uint64_t& arrived : shared_.arrived) tile::mbarrier_init(&arrived, 1);
-    }
-    tile::fence_mbarrier_init();
-    __syncwarp();
     look_up(0);
     if (settled) {
 #pragma unroll 1
@@ -217,24 +224,32 @@ class WarpStream {
     if (++free_stage_ == kStages) free_stage_ = 0;
   }
 
-  // Each lane has the page of a row; pieces begin with a page.
+  // Each lane has the page of a row. Lanes copy, 512 bytes at a time: the copy engine would want a
+  // command for each page, with one row or four, and a warp gives those one after another.
   __device__ __forceinline__ void fetch_windows(const PooledRows& rows, int page) {
+    constexpr int kRows = 32 / Stage::kPieces;  // at a time
     const unsigned exist = __ballot_sync(kAllLanes, page >= 0);
-    const bool first = page >= 0 && (lane_ & ((1 << rows.page_shift) - 1)) == 0;
-    const unsigned pages = __ballot_sync(kAllLanes, first);
-    const int bytes = pool_.map.row_bytes << rows.page_shift;
+    const auto own =
+        reinterpret_cast<std::uint64_t>(pool_.plane<const T>(max(page, 0), rows.offset) +
+                                        (lane_ & ((1 << rows.page_shift) - 1)) * kDim);
+    T* const to = stages_[free_stage_].keys + kPieceElements * lane_;
+#pragma unroll
+    for (int row = 0; row < kPieceRows; row += kRows) {
+      const int mine = row + lane_ / Stage::kPieces;
+      const T* const from = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, own, mine));
+      tile::cp_async_16(to + row * kDim, from + lane_ % Stage::kPieces * kPieceElements,
+                        (exist >> mine & 1) != 0);
+    }
     std::uint64_t* const arrived = &shared_.arrived[free_stage_];
-    if (lane_ == 0) {
-      shared_.exist[free_stage_] = static_cast<int>(exist);
-      tile::mbarrier_arrive_expect_tx(arrived, __popc(pages) * bytes);
-    }
-    __syncwarp();
-    if (first) {
-      tile::tma_load_1d(arrived, stages_[free_stage_].keys + lane_ * kDim,
-                        pool_.plane<const std::byte>(page, rows.offset), bytes);
-    }
+    asm volatile(
+        "cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(tile::shared_address(arrived))
+        : "memory");
+    if (lane_ == 0) shared_.exist[free_stage_] = static_cast<int>(exist);
+    __syncwarp();  // all lanes' copies are counted before the phase can end
+    if (lane_ == 0) tile::mbarrier_arrive(arrived);
   }
 
+  // By the copy engine, which swizzles.
   __device__ __forceinline__ void fetch_slice(int page, int first, int tokens) {
     if (lane_ != 0) return;
     std::uint64_t* const arrived = &shared_.arrived[free_stage_];
