@@ -69,11 +69,10 @@ Status check_room(const Backend& backend, const model::ModelConfig& config,
   const std::int64_t needed =
       weight_bytes(config, load.format.value_or(model::default_format(backend, is_wide)));
   if (needed <= available) return {};
-  return resource_exhausted(
-      fmt::format("the weights need {}, but {} has {} free; {}",
-                  bytes_text(static_cast<double>(needed)), backend.name,
-                  bytes_text(static_cast<double>(available)),
-                  is_device(backend) ? "choose another --device" : "--dtype int8 takes least"));
+  return resource_exhausted(fmt::format(
+      "the weights need {}, but {} has {} free; {}", bytes_text(static_cast<double>(needed)),
+      backend.name, bytes_text(static_cast<double>(available)),
+      is_device(backend) ? "choose another --device" : "--dtype int8 takes least"));
 }
 
 std::string folder_name(const std::string& path) {
