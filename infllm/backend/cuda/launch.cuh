@@ -26,18 +26,20 @@
 #include <string_view>
 
 #include "infllm/backend/cuda/device.h"
+#include "infllm/backend/cuda/tile/control.cuh"
+#include "infllm/backend/cuda/tile/memory.cuh"
 
 namespace infllm::cuda {
 
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  tile::pdl_wait();
 #endif
 }
 
 __device__ __forceinline__ void start_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  tile::pdl_launch();
 #endif
 }
 
@@ -45,7 +47,7 @@ __device__ __forceinline__ void start_next() {
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address,
                                          [[maybe_unused]] int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
+  tile::prefetch_l2(address, static_cast<std::uint32_t>(bytes));
 #endif
 }
 

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "infllm/backend/cuda/sm90/attend_backward_stages.cuh"
+#include "infllm/backend/cuda/tile/memory.cuh"
 
 namespace infllm::cuda::sm90 {
 
@@ -84,16 +85,14 @@ __device__ __forceinline__ std::int64_t key_slot(const DenseArgs& a, const KeyIt
 }
 
 __device__ __forceinline__ void await_turn(const unsigned* turn, unsigned mine) {
-  unsigned now;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-  } while (now != mine);
+  while (tile::load_acquire(turn) != mine) {
+  }
 }
 
 // Everything that this thread has seen happen has happened for whoever takes his turn now: what the
 // thread block's others did too, because a release is cumulative.
 __device__ __forceinline__ void give_turn(unsigned* turn, unsigned next) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");
+  tile::store_release(turn, next);
 }
 
 // Four floats of each thread, to sums of [.., 128, 4].
