@@ -100,9 +100,7 @@ __device__ __forceinline__ void add_four(float* to, const float* x, bool is_firs
   if (is_first) {
     *static_cast<float4*>(__builtin_assume_aligned(to, 16)) = float4{x[0], x[1], x[2], x[3]};
   } else {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]),
-                 "f"(x[2]), "f"(x[3])
-                 : "memory");
+    tile::reduce_add(to, float4{x[0], x[1], x[2], x[3]});
   }
 }
 

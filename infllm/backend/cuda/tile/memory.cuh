@@ -95,6 +95,13 @@ __device__ __forceinline__ void prefetch_l2(const void* from, std::uint32_t byte
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 
+// Adds to four floats, each by itself atomically.
+__device__ __forceinline__ void reduce_add(float* to, float4 x) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y),
+               "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
 #endif
 
 }  // namespace infllm::cuda::tile
