@@ -364,6 +364,30 @@ TEST_F(CliTest, EvalCountsRightAnswers) {
   expect_refused({"eval", kModel, write("bad.jsonl", "{\"length\": 3}\n")}, 1, "bad.jsonl:1");
 }
 
+TEST_F(CliTest, AnEvaluationThatFailsKeepsWhatWasAnswered) {
+  const auto sample = [](const char* id, const std::string& document) {
+    return nlohmann::json{{"id", id},
+                          {"length", 64},
+                          {"document", document},
+                          {"questions", {{{"task", "any"}, {"question", "?"}, {"answer", "x"}}}}}
+        .dump();
+  };
+  std::string too_long;
+  for (int i = 0; i < 2000; ++i) too_long += "word ";
+  const fs::path samples =
+      write("samples.jsonl", sample("short", "Hello.") + "\n" + sample("long", too_long) + "\n");
+  const fs::path records = folder_ / "records.jsonl";
+  const Outcome outcome = run({"eval", kModel, samples, "-n", "4", "--ctx-size", "512",
+                               "--attention", "dense,sparse", "--jsonl", records});
+  EXPECT_EQ(outcome.code, 2);  // the prompt is too long
+  EXPECT_THAT(outcome.err, HasSubstr("sample long: "));
+  EXPECT_THAT(outcome.out, HasSubstr("(0/1)"));
+  EXPECT_THAT(outcome.out, HasSubstr("| - | - | - |"));  // the second kind did not begin
+  const nlohmann::json record = nlohmann::json::parse(read(records));
+  EXPECT_EQ(record["attention"], "dense");
+  EXPECT_EQ(record["total"], 1);
+}
+
 TEST_F(CliTest, QuestionsAskedTogetherAreAnsweredAsOneByOne) {
   const std::string samples = INFLLM_SOURCE_DIR "/examples/needle/sample_cases.jsonl";
   const auto scores = [&](const std::string& parallel) {

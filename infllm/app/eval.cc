@@ -150,7 +150,12 @@ std::string table(const Scores& scores, const std::vector<std::string>& modes) {
     if (mode != modes.front()) continue;  // one row for all modes
     text += fmt::format("| {} | {} |", task, length);
     for (const std::string& each : modes) {
-      const Score& score = scores.at({task, length, each});
+      const auto found = scores.find({task, length, each});
+      if (found == scores.end()) {  // ended before
+        text += " - | - | - |";
+        continue;
+      }
+      const Score& score = found->second;
       text += fmt::format(" {:.1f}% ({}/{}) | {:.1f}% | {:.3g} |", 100 * score.share(),
                           score.correct, score.total, 100 * score.visible.share(), score.seconds);
     }
@@ -202,13 +207,20 @@ Status eval(const Options& given) {
   Progress bar("eval", Progress::Unit::kItems, questions * static_cast<std::int64_t>(modes.size()));
   bar.update(0);
   Evaluation evaluation(*session, options, prompter);
-  for (const std::string& mode : modes) INFLLM_TRY(evaluation.run(samples, mode, bar));
+  Status ended;
+  for (const std::string& mode : modes) {
+    ended = evaluation.run(samples, mode, bar);
+    if (!ended.ok()) break;
+  }
   bar.finish();
 
+  if (evaluation.scores().empty()) return ended;
+  // What was answered until then is kept.
   if (!options.eval.jsonl_file.empty()) {  // first: the reader of the table may have gone
     INFLLM_TRY(append_records(options.eval.jsonl_file, records(*session, evaluation.scores())));
   }
-  return write_stdout(table(evaluation.scores(), modes));
+  INFLLM_TRY(write_stdout(table(evaluation.scores(), modes)));
+  return ended;
 }
 
 }  // namespace
