@@ -149,7 +149,7 @@ SAMPLES has one JSON object a line:
   {"id": .., "length": 4096, "document": "..",
    "questions": [{"task": "..", "question": "..", "answer": ".."}]}
 A document is read once for all its questions, which are then asked together. With -v, wrong answers
-are printed.
+are printed. Interrupted or failing, it still prints and appends what was answered until then.
 
   --attention LIST         modes to score (default dense,sparse)
   --limit N                only the first N documents
