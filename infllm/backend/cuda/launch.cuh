@@ -26,20 +26,18 @@
 #include <string_view>
 
 #include "infllm/backend/cuda/device.h"
-#include "infllm/backend/cuda/tile/control.cuh"
-#include "infllm/backend/cuda/tile/memory.cuh"
 
 namespace infllm::cuda {
 
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  tile::pdl_wait();
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void start_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  tile::pdl_launch();
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -47,7 +45,7 @@ __device__ __forceinline__ void start_next() {
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address,
                                          [[maybe_unused]] int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  tile::prefetch_l2(address, static_cast<std::uint32_t>(bytes));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 #endif
 }
 

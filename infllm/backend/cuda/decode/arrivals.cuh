@@ -34,7 +34,7 @@ class WarmSequence {
 
  private:
   __device__ __forceinline__ static void load(const void* from, std::uint32_t& word) {
-    word = tile::load_ca(static_cast<const std::uint8_t*>(from));
+    asm volatile("ld.global.ca.u8 %0, [%1];" : "=r"(word) : "l"(from));
   }
 
   std::uint32_t words_[2];

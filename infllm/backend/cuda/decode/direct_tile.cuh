@@ -8,7 +8,6 @@
 #pragma once
 
 #include "infllm/backend/cuda/decode/row.cuh"
-#include "infllm/backend/cuda/tile/memory.cuh"
 #include "infllm/backend/cuda/tile/mma.cuh"
 
 namespace infllm::cuda::decode {
@@ -19,10 +18,18 @@ inline constexpr int kTileRows = 8;
 // want. Without conditions: a load that may not happen is one whose result is copied, and the copy
 // waits for it before the next load is issued.
 __device__ __forceinline__ uint4 load_once(const void* from) {
-  return tile::load_cg(static_cast<const uint4*>(from));
+  uint4 x;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
 }
 __device__ __forceinline__ uint4 load_for_all(const void* from) {
-  return tile::load_ca(static_cast<const uint4*>(from));
+  uint4 x;
+  asm volatile("ld.global.ca.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
 }
 
 // Sixteen heads as the left operand: a lane has heads lane / 4 and lane / 4 + 8.

@@ -11,7 +11,6 @@
 #include <cstdint>
 
 #include "infllm/backend/cuda/decode/row.cuh"
-#include "infllm/backend/cuda/tile/memory.cuh"
 
 namespace infllm::cuda::decode {
 
@@ -19,18 +18,24 @@ namespace infllm::cuda::decode {
 inline constexpr std::uint32_t kNothing = 0xffffffff;
 
 __device__ __forceinline__ void publish(std::uint32_t* cell, std::uint32_t word) {
-  tile::store_relaxed(cell, word);
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(cell), "r"(word) : "memory");
 }
 
 __device__ __forceinline__ void publish(std::uint16_t* cell, std::uint32_t half) {
-  tile::store_relaxed(cell, static_cast<std::uint16_t>(half));
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(cell),
+               "h"(static_cast<std::uint16_t>(half))
+               : "memory");
 }
 
 __device__ __forceinline__ void publish(std::uint32_t* cells, uint2 words) {
-  tile::store_relaxed(cells, words);
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(cells), "r"(words.x),
+               "r"(words.y)
+               : "memory");
 }
 __device__ __forceinline__ void publish(std::uint32_t* cells, uint4 words) {
-  tile::store_relaxed(cells, words);
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(cells), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
 }
 // A float; a NaN that looks like nothing becomes another one.
 __device__ __forceinline__ std::uint32_t word_of(float x) {
@@ -45,13 +50,19 @@ __device__ __forceinline__ void publish(std::uint32_t* cells, float4 x) {
 }
 
 __device__ __forceinline__ void look(const std::uint32_t* cell, std::uint32_t& word) {
-  tile::load_relaxed(cell, word);
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(cell) : "memory");
 }
 __device__ __forceinline__ void look(const std::uint32_t* cells, uint2& words) {
-  tile::load_relaxed(cells, words);
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "l"(cells)
+               : "memory");
 }
 __device__ __forceinline__ void look(const std::uint32_t* cells, uint4& words) {
-  tile::load_relaxed(cells, words);
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(cells)
+               : "memory");
 }
 
 __device__ __forceinline__ bool is_there(std::uint32_t word) { return word != kNothing; }

@@ -100,7 +100,9 @@ __device__ __forceinline__ int part_rank() {
 }
 __device__ __forceinline__ int part_count() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return static_cast<int>(tile::cluster_size());
+  std::uint32_t count;
+  asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(count));
+  return static_cast<int>(count);
 #else
   return 1;
 #endif
@@ -110,7 +112,9 @@ __device__ __forceinline__ int part_count() {
 template <typename U>
 __device__ __forceinline__ U* in_part(U* address, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return tile::in_block(address, static_cast<std::uint32_t>(rank));
+  std::uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(address), "r"(rank));
+  return reinterpret_cast<U*>(there);
 #else
   return address;
 #endif

@@ -285,7 +285,9 @@ class RowPart : private StepPart {
   __device__ __forceinline__ std::int32_t warm_page_table() const {
     constexpr int kSector = 8;
     const int block = min(kSector * static_cast<int>(threadIdx.x), sequence_.max_pages - 1);
-    return tile::load_ca(sequence_.table + block);
+    std::int32_t page;
+    asm volatile("ld.global.ca.b32 %0, [%1];" : "=r"(page) : "l"(sequence_.table + block));
+    return page;
   }
 
   __device__ __forceinline__ void score_item(const float (&x)[kItemTiles][4],

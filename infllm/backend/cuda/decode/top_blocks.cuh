@@ -9,7 +9,6 @@
 #pragma once
 
 #include "infllm/backend/cuda/decode/row.cuh"
-#include "infllm/backend/cuda/tile/memory.cuh"
 
 namespace infllm::cuda::decode {
 
@@ -44,8 +43,11 @@ struct TopBlocksShared {
 
 // From shared memory or past L1: other blocks wrote them.
 __device__ __forceinline__ BlockKeys load_keys(const BlockKeys* keys, int block) {
-  const uint2 words = tile::load_volatile(reinterpret_cast<const uint2*>(keys + block));
-  return {words.x, words.y};
+  BlockKeys found;
+  asm volatile("ld.volatile.v2.u32 {%0, %1}, [%2];"
+               : "=r"(found.best), "=r"(found.last)
+               : "l"(keys + block));
+  return found;
 }
 // Of blocks that have what overlaps them already.
 __device__ __forceinline__ BlockKeys load_keys(const std::uint16_t* keys, int block) {

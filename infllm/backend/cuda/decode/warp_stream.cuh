@@ -241,7 +241,9 @@ class WarpStream {
                         (exist >> mine & 1) != 0);
     }
     std::uint64_t* const arrived = &shared_.arrived[free_stage_];
-    tile::mbarrier_await_copies(arrived);
+    asm volatile(
+        "cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(tile::shared_address(arrived))
+        : "memory");
     if (lane_ == 0) shared_.exist[free_stage_] = static_cast<int>(exist);
     __syncwarp();  // all lanes' copies are counted before the phase can end
     if (lane_ == 0) tile::mbarrier_arrive(arrived);

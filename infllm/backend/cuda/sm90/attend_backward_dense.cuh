@@ -15,7 +15,6 @@
 #pragma once
 
 #include "infllm/backend/cuda/sm90/attend_backward_stages.cuh"
-#include "infllm/backend/cuda/tile/memory.cuh"
 
 namespace infllm::cuda::sm90 {
 
@@ -85,14 +84,16 @@ __device__ __forceinline__ std::int64_t key_slot(const DenseArgs& a, const KeyIt
 }
 
 __device__ __forceinline__ void await_turn(const unsigned* turn, unsigned mine) {
-  while (tile::load_acquire(turn) != mine) {
-  }
+  unsigned now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+  } while (now != mine);
 }
 
 // Everything that this thread has seen happen has happened for whoever takes his turn now: what the
 // thread block's others did too, because a release is cumulative.
 __device__ __forceinline__ void give_turn(unsigned* turn, unsigned next) {
-  tile::store_release(turn, next);
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");
 }
 
 // Four floats of each thread, to sums of [.., 128, 4].
@@ -100,7 +101,9 @@ __device__ __forceinline__ void add_four(float* to, const float* x, bool is_firs
   if (is_first) {
     *static_cast<float4*>(__builtin_assume_aligned(to, 16)) = float4{x[0], x[1], x[2], x[3]};
   } else {
-    tile::reduce_add(to, float4{x[0], x[1], x[2], x[3]});
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]),
+                 "f"(x[2]), "f"(x[3])
+                 : "memory");
   }
 }
 

@@ -18,6 +18,13 @@
 
 namespace infllm::cuda::sm90 {
 
+// Arrives when the copies that this thread began by cp.async are there.
+__device__ __forceinline__ void arrive_after_copies(std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(tile::shared_address(barrier))
+      : "memory");
+}
+
 // A warp that feeds. In a sparse pass there are four of them, each of which brings half of Q (warps
 // 0, 1) or of dO (2, 3): 64 dimensions of 128, or half of the tokens; in a dense pass warp 0 brings
 // Q, and warp 2 dO. Warp 0 also brings the blocks themselves and the rows' statistics. token_at(i)
@@ -84,7 +91,7 @@ __device__ __forceinline__ void feed_rows(KeyShared<C>& shared, const KeyArgs& a
       } else {
         stats[0] = stats[1] = {kInfinity, 0};  // weights of zero
       }
-      mbarrier_arrive_after_copies(full);
+      arrive_after_copies(full);
       __syncwarp();  // what lanes wrote is there when the first one arrives
     }
     std::byte* to = (warp < 2 ? shared.q : shared.grad_o)[ring.slot];

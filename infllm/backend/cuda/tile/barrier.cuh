@@ -46,19 +46,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(std::uint64_t* barrier
       : "memory");
 }
 
-// The phase waits for this thread's cp.async copies so far, too, besides the arrivals that it waits
-// for anyway.
-__device__ __forceinline__ void mbarrier_await_copies(std::uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-// Arrives, once, when this thread's cp.async copies so far are there.
-__device__ __forceinline__ void mbarrier_arrive_after_copies(std::uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
 // Arrives at the barrier of the same address in another block of the cluster.
 __device__ __forceinline__ void mbarrier_arrive_remote(std::uint64_t* barrier, std::uint32_t cta) {
   asm volatile(

@@ -70,21 +70,6 @@ __device__ __forceinline__ std::uint32_t cluster_rank() {
   return rank;
 }
 
-// Blocks of the cluster, along x.
-__device__ __forceinline__ std::uint32_t cluster_size() {
-  std::uint32_t size;
-  asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-  return size;
-}
-
-// The same place in the shared memory of the cluster's block of that rank, as a generic address.
-template <typename U>
-__device__ __forceinline__ U* in_block(U* address, std::uint32_t rank) {
-  std::uint64_t there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(address), "r"(rank));
-  return reinterpret_cast<U*>(there);
-}
-
 // All threads of all blocks of the cluster.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
